@@ -1,0 +1,1 @@
+"""Timing, reports and plots. Every published number has its JSON in `bench/results/`."""

@@ -1,0 +1,210 @@
+"""`build`: checkpoint → trace → cast → lower → verify → bundle."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from rt.backends import Backend, choose, cpu_count
+from rt.bundle import MANIFEST, SCHEMA, Bundle, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
+from rt.config import BuildConfig, DType, fingerprint
+from rt.errors import BuildError
+from rt.export.checkpoint import Checkpoint, Kind
+from rt.export.lower import WeightFile, lower
+from rt.export.observe import observe
+from rt.export.passes.cast import cast
+from rt.export.staging import staged
+from rt.export.trace import Program, trace
+from rt.model import Component
+from rt.progress import Bar, progress
+from rt.shapes import ShapeProfile, TensorSpec
+from rt.verify import compare, save_reference
+
+_VERSIONED = (
+    "rt-diffusion",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "openvino",
+    "onnxruntime",
+)
+_LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "OFL*")
+
+
+def build(
+    checkpoint: Checkpoint,
+    output: str | Path,
+    config: BuildConfig,
+    *,
+    force: bool = False,
+    quiet: bool = False,
+) -> Bundle:
+    """Compile `checkpoint` for every profile of `config` and write the bundle `output`.
+
+    Raises:
+        BuildError: When the output exists or cannot be written; AccuracyError when an engine is wrong.
+        CheckpointError, ShapeError, BackendUnavailableError: Before any work, where that can be known.
+    """
+    spec = checkpoint.spec
+    for profile in config.profiles:
+        profile.check_multiple(spec.vae_scale_factor)
+    backend, _ = choose(config.backend, config.dtype)
+    components = [*spec.text_encoders, Component.UNET, Component.VAE_DECODER]
+    with (
+        staged(Path(output), force=force) as stage,
+        progress("build", total=len(components) + 1, quiet=quiet) as bar,
+        torch.inference_mode(),
+    ):
+        for folder in ("engines", "reference", "tokenizer"):
+            (stage / folder).mkdir()
+        engines = [
+            engine
+            for component in components
+            for engine in _compile(component, checkpoint, config, backend, stage, bar)
+        ]
+        for encoder in spec.text_encoders:
+            checkpoint.tokenizer(encoder).save(stage / "tokenizer" / f"{encoder.value}.json")
+        _copy_licence(checkpoint, stage)
+        bar.describe("hash")
+        source = _source(checkpoint)
+        manifest = Manifest(
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            fingerprint=fingerprint(
+                source.files, checkpoint.configs, config.to_json(), SCHEMA, version("rt-diffusion")
+            ),
+            source=source,
+            model=spec,
+            config=config,
+            engines=tuple(engines),
+            versions=_versions(),
+            files={name: _record(stage / name) for name in _files(stage)},
+        )
+        (stage / MANIFEST).write_bytes(manifest.to_bytes())
+        bar.advance()
+    return Bundle.open(output)
+
+
+def default_profiles(
+    checkpoint: Checkpoint,
+    height: Iterable[int] = (),
+    width: Iterable[int] = (),
+    batch_size: Iterable[int] = (),
+) -> tuple[ShapeProfile, ...]:
+    """Every batch size at every size; sizes left out are what the model was trained at, one at a time.
+
+    Heights and widths are paired in order; a single one of either serves all of the other.
+
+    Raises:
+        BuildError: When several heights and several widths do not pair up.
+    """
+    side = checkpoint.spec.sample_size * checkpoint.spec.vae_scale_factor
+    heights, widths = list(height) or [side], list(width) or [side]
+    if len(heights) != len(widths) and 1 not in (len(heights), len(widths)):
+        raise BuildError(
+            f"{len(heights)} heights and {len(widths)} widths do not pair up; give as many of each"
+        )
+    count = max(len(heights), len(widths))
+    sizes = zip(heights * (count // len(heights)), widths * (count // len(widths)), strict=True)
+    return tuple(ShapeProfile(h, w, b) for h, w in sizes for b in list(batch_size) or [1])
+
+
+def _compile(
+    component: Component, checkpoint: Checkpoint, config: BuildConfig, backend: Backend, stage: Path, bar: Bar
+) -> Iterable[EngineRecord]:
+    bar.describe(f"{component.value}: load")
+    module = checkpoint.load(component)
+    weights = f"engines/{component.value}.weights"
+    with WeightFile(stage / weights) as store:
+        for program in trace(component, module, checkpoint.spec, config.profiles):
+            bar.describe(f"{program.name}: run in torch")
+            seen = observe(program)
+            reference = f"reference/{program.name}.npz"
+            save_reference(stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs)
+            in_format, islands = (
+                (program.module, ())
+                if config.dtype is DType.FP32
+                else cast(program.module, config.dtype, seen)
+            )
+            bar.describe(f"{program.name}: lower")
+            file = f"engines/{program.name}.onnx"
+            lower(program, in_format, store, stage / file)
+            del in_format
+            bar.describe(f"{program.name}: verify")
+            inputs, outputs = (
+                _input_specs(program),
+                tuple(TensorSpec(name=name, shape=value.shape) for name, value in seen.outputs.items()),
+            )
+            engine = backend.load(stage / file, inputs, outputs, dtype=config.dtype, threads=cpu_count())
+            yield EngineRecord(
+                name=program.name,
+                component=component,
+                profile=program.profile,
+                guided=program.guided,
+                file=file,
+                weights=weights,
+                reference=reference,
+                inputs=inputs,
+                outputs=outputs,
+                error=compare(engine, stage / reference, name=program.name, dtype=config.dtype),
+                verified_with=f"{backend.name} {backend.arithmetic(config.dtype)}",
+                islands=islands,
+            )
+    bar.advance()
+
+
+def _input_specs(program: Program) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(name=name, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
+        for name, value in program.inputs.items()
+    )
+
+
+def _source(checkpoint: Checkpoint) -> SourceRecord:
+    local = checkpoint.kind in (Kind.FOLDER, Kind.SINGLE_FILE)
+    return SourceRecord(
+        # Only the last part of a path: a bundle is given away, and says nothing of who built it where.
+        name=Path(checkpoint.name).resolve().name if local else checkpoint.name,
+        kind=checkpoint.kind.value,
+        revision=checkpoint.revision,
+        licence=checkpoint.licence,
+        files={name: hash_file(path) for name, path in sorted(checkpoint.files.items())},
+    )
+
+
+def _copy_licence(checkpoint: Checkpoint, stage: Path) -> None:
+    """Licence texts travel with the weights, as most licences ask."""
+    if checkpoint.kind is not Kind.FOLDER:
+        return
+    for pattern in _LICENCE_FILES:
+        for path in Path(checkpoint.name).glob(pattern):
+            shutil.copyfile(path, stage / path.name)
+
+
+def _files(stage: Path) -> list[str]:
+    return [
+        str(path.relative_to(stage))
+        for path in sorted(stage.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    ]
+
+
+def _record(path: Path) -> FileRecord:
+    return FileRecord(sha256=hash_file(path), size_bytes=path.stat().st_size)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

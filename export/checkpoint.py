@@ -1,0 +1,215 @@
+"""Checkpoints: what `rt` can compile, opened from wherever the user has it.
+
+folder · hub id · single file · synthetic  →  Checkpoint (facts, configs, files)  →  load(component)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rt.errors import CheckpointError, ConfigError, nearest
+from rt.export.facts import FOLDERS, read_spec
+from rt.export.folder import open_folder
+from rt.export.hub import open_hub
+from rt.export.single_file import open_single_file
+from rt.export.synthetic import open_synthetic
+from rt.export.weights import PICKLE_SUFFIXES, build_empty, check, fill, pickle_error
+from rt.model import Component, ModelSpec
+from rt.tokenizer import Tokenizer
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class Kind(str, Enum):
+    """Where a checkpoint comes from."""
+
+    FOLDER = "folder"
+    HUB = "hub"
+    SINGLE_FILE = "single_file"
+    SYNTHETIC = "synthetic"
+
+
+class Source(Protocol):
+    """What each kind of checkpoint provides; configs are keyed by diffusers' folder names."""
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of each component, `model_index` and `scheduler`."""
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Every file that shapes the result."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit hash on the hub."""
+
+    @property
+    def licence(self) -> str | None:
+        """Of the weights."""
+
+    def headers(self, component: Component) -> Mapping[str, Tensor]:
+        """What `tensors` would give, on the meta device: names and shapes, no memory."""
+
+    def tensors(self, component: Component) -> Mapping[str, Tensor]:
+        """The component's weights under diffusers' or transformers' names, in the stored dtype."""
+
+    def tokenizer(self, component: Component, max_length: int) -> Tokenizer:
+        """Of a text encoder that reads `max_length` tokens."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to compile, with its weights still on disk.
+
+    Attributes:
+        name: What the user typed.
+        kind: Where it comes from.
+        revision: The commit hash on the hub, or None.
+        files: Every file that shapes the result, by its name relative to the checkpoint.
+        spec: The facts that running the model needs.
+        configs: Of each component by its folder's name in diffusers, `model_index` and `scheduler`.
+        licence: Of the weights: `license:` of the README's front matter, or a licence file's name.
+    """
+
+    name: str
+    kind: Kind
+    revision: str | None
+    files: Mapping[str, Path] = field(repr=False)
+    spec: ModelSpec
+    configs: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    licence: str | None
+    source: Source = field(repr=False)
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The text encoders in order, the U-Net and the VAE's decoder."""
+        return (*self.spec.text_encoders, Component.UNET, Component.VAE_DECODER)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` unless the weights' headers fit the configs and each tokenizer opens."""
+        for component in self.components:
+            module = build_empty(component, self._config(component))
+            check(module, self.source.headers(component), self._where(component))
+        for encoder in self.spec.text_encoders:
+            self.tokenizer(encoder)
+
+    def load(self, component: Component) -> nn.Module:
+        """The network in float32, eval mode, no gradients; for `VAE_DECODER` the whole `AutoencoderKL`."""
+        module = build_empty(component, self._config(component))
+        return fill(module, self.source.tensors(component), self._where(component))
+
+    def tokenizer(self, component: Component) -> Tokenizer:
+        """The tokenizer of a text encoder."""
+        return self.source.tokenizer(component, self.spec.max_tokens)
+
+    def _config(self, component: Component) -> Mapping[str, Any]:
+        return self.configs[FOLDERS[component]]
+
+    def _where(self, component: Component) -> str:
+        return f"{self.name}, {FOLDERS[component]}"
+
+
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    offline: bool = False,
+    tokenizer: str | None = None,
+    prediction_type: str | None = None,
+) -> Checkpoint:
+    """Read all facts of a checkpoint and check the headers of its weights; the weights stay on disk.
+
+    Args:
+        model: A diffusers folder, a hub id `org/name`, a single `.safetensors` file in the original key
+            layout, or `synthetic:NAME` (real shapes, random weights).
+        revision: Branch, tag or commit of a hub repository.
+        variant: Of a folder's or repository's weights, e.g. `fp16`.
+        offline: Use the hub's cache only.
+        tokenizer: Folder or hub id with the CLIP vocabulary of a single file, which holds none.
+        prediction_type: What the U-Net predicts, where the checkpoint does not say so or says it wrongly.
+
+    Raises:
+        ConfigError: An argument has no meaning for this kind of checkpoint.
+        PickleError: The weights are in a format that can run code.
+        CheckpointError: The checkpoint cannot be read, is damaged, or is of a family that rt does not run.
+    """
+    kind = _kind(model)
+    _refuse_unused(kind, revision=revision, variant=variant, tokenizer=tokenizer)
+    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+        raise ConfigError(
+            f"there is no prediction type {prediction_type!r}{nearest(prediction_type, PREDICTION_TYPES)}; "
+            f"there are: {', '.join(PREDICTION_TYPES)}"
+        )
+    source: Source
+    if kind is Kind.FOLDER:
+        source = open_folder(Path(model), variant)
+    elif kind is Kind.HUB:
+        source = open_hub(model, revision, variant, offline)
+    elif kind is Kind.SINGLE_FILE:
+        source = open_single_file(Path(model), tokenizer, prediction_type, offline)
+    else:
+        source = open_synthetic(model.removeprefix(_SYNTHETIC))
+
+    spec = read_spec(source.configs, model)
+    if prediction_type is not None:
+        spec = replace(spec, scheduler={**spec.scheduler, "prediction_type": prediction_type})
+    checkpoint = Checkpoint(
+        name=model,
+        kind=kind,
+        revision=source.revision,
+        files=source.files,
+        spec=spec,
+        configs={**source.configs, "scheduler": spec.scheduler},
+        licence=source.licence,
+        source=source,
+    )
+    checkpoint.check()
+    return checkpoint
+
+
+_SYNTHETIC = "synthetic:"
+
+# The options that only some kinds of checkpoint can obey.
+_OPTIONS = {
+    "revision": {Kind.HUB},
+    "variant": {Kind.FOLDER, Kind.HUB},
+    "tokenizer": {Kind.SINGLE_FILE},
+}
+
+
+def _kind(model: str) -> Kind:
+    path = Path(model)
+    if model.startswith(_SYNTHETIC):
+        return Kind.SYNTHETIC
+    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
+        raise pickle_error(model)
+    if path.is_dir():
+        return Kind.FOLDER
+    if path.suffix == ".safetensors" and path.is_file():
+        return Kind.SINGLE_FILE
+    if path.is_file():
+        raise CheckpointError(f"{model} is not a model: expected a diffusers folder or a .safetensors file")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and path.suffix != ".safetensors":
+        return Kind.HUB
+    raise CheckpointError(
+        f"{model} does not exist: expected a diffusers folder, a .safetensors file, a hub id like org/name "
+        f"or {_SYNTHETIC}NAME"
+    )
+
+
+def _refuse_unused(kind: Kind, **options: str | None) -> None:
+    for name, value in options.items():
+        if value is not None and kind not in _OPTIONS[name]:
+            kinds = " or ".join(sorted(valid.value for valid in _OPTIONS[name])).replace("_", " ")
+            raise ConfigError(
+                f"{name} {value!r} has no meaning for a {kind.value.replace('_', ' ')}, only for a {kinds}"
+            )

@@ -1,0 +1,112 @@
+"""A `Program` to an ONNX graph whose weights live in a file shared by all graphs of its component."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from rt.export.trace import Program
+
+# The newest that every engine we target reads whole: GroupNormalization and Gelu stay single operators,
+# attention becomes MatMul and Softmax, which they fuse themselves.
+OPSET = 21
+# onnxruntime maps weights from the file when they begin on a page.
+_ALIGNMENT = 4096
+_INLINE_BYTES = 1024
+
+
+class WeightFile:
+    """Tensors in one file, each distinct content once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO = path.open("xb")
+        self._offsets: dict[bytes, int] = {}
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def flush(self) -> None:
+        """Hand what was added to the file system, so that an engine can be loaded."""
+        self._file.flush()
+
+    def add(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        """Write `tensor` unless its bytes are there already, and return it as a reference into the file."""
+        data = memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        if digest not in self._offsets:
+            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            self._offsets[digest] = self._file.tell()
+            self._file.write(data)
+        return ir.ExternalTensor(
+            location=self.path.name,
+            offset=self._offsets[digest],
+            length=len(data),
+            dtype=tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=tensor.name,
+            base_dir=self.path.parent,
+        )
+
+
+def lower(program: Program, module: nn.Module, weights: WeightFile, path: Path) -> None:
+    """Write `module`, which computes `program` in its final precision, as `path`."""
+    with torch.no_grad(), _quiet():
+        exported = torch.export.export(module, (), dict(program.inputs), strict=False)
+        onnx_program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            output_names=list(program.outputs),
+            optimize=True,
+            verbose=False,
+        )
+    assert onnx_program is not None
+    model = onnx_program.model
+    for initializer in model.graph.initializers.values():
+        value = initializer.const_value
+        if value is not None and value.nbytes > _INLINE_BYTES:
+            initializer.const_value = weights.add(value)
+    weights.flush()
+    _anonymise(model)
+    ir.save(model, path)
+
+
+def _anonymise(model: ir.Model) -> None:
+    """Drop the stack traces that the exporter attaches: paths of the build machine, and most of the file."""
+    model.producer_name, model.producer_version, model.doc_string = "rt", None, None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()
+
+
+class _quiet(warnings.catch_warnings):
+    """The exporter warns of its own internals and of torchvision, which nobody here needs."""
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self._loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+        super().__exit__(*exc)

@@ -1,0 +1,124 @@
+"""Cast a graph to half precision, but for islands of fp32 where half would break it.
+
+The rule is that of autocast, decided by what each op reads and by the magnitudes that were measured:
+- products (linear, convolution, attention, embedding) compute in half;
+- norms compute in fp32: sums over thousands of elements lose the small ones in half;
+- any op that gives or reads a value near the end of the format's range computes in fp32;
+- the rest follows its inputs, so that the sinusoid of the timestep, which enters as fp32, stays fp32
+  up to the first product: in half, timestep 999 would be off by up to 4 in bf16.
+Inputs and outputs of the graph stay fp32.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from rt.config import DType
+from rt.export.observe import Observation
+
+aten = torch.ops.aten
+TORCH_DTYPE = {DType.FP32: torch.float32, DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
+_PRODUCTS = {
+    aten.linear.default,
+    aten.conv2d.default,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.embedding.default,
+    aten.scaled_dot_product_attention.default,
+}
+_NORMS = {aten.group_norm.default, aten.layer_norm.default}
+# Inputs at run time are larger than those measured at the build; two bits of headroom.
+_HEADROOM = 4.0
+
+
+def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Module, tuple[str, ...]]:
+    """`module` computing in `dtype`, as a module to trace again, and its islands in words.
+
+    Args:
+        module: A graph in fp32.
+        dtype: FP16 or BF16.
+        seen: The magnitudes of a run in fp32.
+    """
+    half = TORCH_DTYPE[dtype]
+    limit = torch.finfo(half).max / _HEADROOM
+    wide = {name for name, value in seen.magnitudes.items() if value > limit}
+    islands: set[str] = set()
+    grouped: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
+    for node in module.graph.nodes:
+        touched = [node.name, *(source.name for source in node.all_input_nodes)]
+        reached = max([seen.logits.get(node.name, 0.0), *(seen.magnitudes.get(name, 0.0) for name in touched)])
+        if node.op == "call_function" and (node.target in _NORMS or reached > limit):
+            islands.add(node.name)
+            grouped[str(node.target).split(".")[1], reached > limit].append(reached)
+    words = (
+        f"{len(group)} {op}: "
+        + (f"reach {max(group):.1e}, format ends at {torch.finfo(half).max:.1e}" if far else "sums over many elements")
+        for (op, far), group in sorted(grouped.items())
+    )
+    return _Cast(module, half, islands, wide), tuple(words)
+
+
+class _Cast(nn.Module):
+    def __init__(self, module: fx.GraphModule, half: torch.dtype, islands: set[str], wide: set[str]) -> None:
+        super().__init__()
+        weights = {
+            node.target: _weight(module, node, half, islands)
+            for node in module.graph.nodes
+            if node.op == "get_attr"
+        }
+        self.half, self.islands, self.wide = half, islands, wide
+        self.graph_module = fx.GraphModule(weights, module.graph)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Run the graph node by node; a trace of this is the cast graph."""
+        return _CastInterpreter(self).run(*inputs.values())
+
+
+class _CastInterpreter(fx.Interpreter):
+    def __init__(self, policy: _Cast) -> None:
+        super().__init__(policy.graph_module)
+        self.policy = policy
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        policy, name = self.policy, self.node.name
+        if name in policy.islands:
+            result = super().call_function(target, *_to(torch.float32, (args, kwargs)))
+            return result if name in policy.wide else _to(policy.half, result)
+        if target in _PRODUCTS or policy.half in _dtypes((args, kwargs)):
+            args, kwargs = _to(policy.half, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().output(target, _to(torch.float32, args), kwargs)
+
+
+def _to(dtype: torch.dtype, tree: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree)
+
+
+def _dtypes(tree: Any) -> set[torch.dtype]:
+    return {leaf.dtype for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)}
+
+
+def _weight(module: fx.GraphModule, node: fx.Node, half: torch.dtype, islands: set[str]) -> Any:
+    """A weight in half, unless fp32 is all that reads it; the sinusoid's constants follow the timestep."""
+    value = _attribute(module, str(node.target))
+    if not isinstance(value, nn.Parameter) or all(user.name in islands for user in node.users):
+        return value
+    return nn.Parameter(value.to(half), requires_grad=False)
+
+
+def _attribute(module: Any, target: str) -> Any:
+    return reduce(getattr, target.split("."), module)

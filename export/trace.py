@@ -1,0 +1,189 @@
+"""One component of a checkpoint to one `Program`: static shapes, plain tensors in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rt.export.passes.simplify import simplify
+from rt.model import Component, Family, ModelSpec
+from rt.shapes import ShapeProfile
+
+TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A traced graph, the IR that passes rewrite, with example inputs that are also its test inputs.
+
+    Attributes:
+        name: Unique in a build, such as `unet-1x512x512-guided`.
+        component: What was traced.
+        profile: The shape it is for, None for text.
+        guided: U-Net only: whether the batch is repeated inside for classifier-free guidance.
+        module: The fx graph with its weights; parameters are shared with the component.
+        inputs: Name to example, in the order of the graph.
+        outputs: Names in the order of the graph.
+    """
+
+    name: str
+    component: Component
+    profile: ShapeProfile | None
+    guided: bool
+    module: fx.GraphModule
+    inputs: Mapping[str, Tensor]
+    outputs: tuple[str, ...]
+
+
+class TextEncoder(nn.Module):
+    """Tokens (1, T) int64 → states (1, T, C), and pooled (1, P) where the model has a projection.
+
+    SD 1.x and 2.x read the last layer after its norm, SDXL the one before it without
+    (https://huggingface.co/docs/diffusers/api/pipelines/stable_diffusion/stable_diffusion_xl).
+    """
+
+    def __init__(self, encoder: nn.Module, *, penultimate: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.penultimate = penultimate
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        output = self.encoder(tokens, output_hidden_states=self.penultimate)
+        states = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        return (states, output.text_embeds) if "text_embeds" in output else (states,)
+
+
+class UNet(nn.Module):
+    """Latents (B, C, h, w), timestep (B,) and context (R, T, D) → prediction (R, C, h, w).
+
+    With guidance R = 2B: the first B rows of context are unconditional, the last B conditional, and the
+    latents are repeated in here, so that a pass can move the repeat to where the halves first differ.
+    SDXL also takes pooled (R, P) and sizes (R, 6).
+    """
+
+    def __init__(self, unet: nn.Module, *, guided: bool) -> None:
+        super().__init__()
+        self.unet = unet
+        self.repeat = 2 if guided else 1
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> tuple[Tensor]:
+        """See the class."""
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
+        latents, timestep = torch.cat([latents] * self.repeat), torch.cat([timestep] * self.repeat)
+        prediction: tuple[Tensor] = self.unet(
+            latents, timestep, context, added_cond_kwargs=added, return_dict=False
+        )
+        return prediction
+
+
+class VAEDecoder(nn.Module):
+    """Latents (1, C, h, w) → image (1, H, W, 3), in [-1, 1] up to overshoot."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> tuple[Tensor]:
+        """See the class."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return (self.vae.decode(latents, return_dict=False)[0].permute(0, 2, 3, 1),)
+
+
+def trace(
+    component: Component, module: nn.Module, spec: ModelSpec, profiles: tuple[ShapeProfile, ...]
+) -> Iterator[Program]:
+    """Every program that `component` needs for the profiles, one at a time.
+
+    Text does not depend on a shape; the decoder takes one picture at a time, so only its size matters;
+    the U-Net has one program a profile with guidance and one without.
+    """
+    if component in spec.text_encoders:
+        encoder = TextEncoder(module, penultimate=spec.family is Family.SDXL)
+        outputs = ("states", "pooled") if component is Component.TEXT_ENCODER_2 else ("states",)
+        yield _trace(component.value, component, None, False, encoder, _text_inputs(module, spec), outputs)
+    elif component is Component.VAE_DECODER:
+        for profile in dict.fromkeys(ShapeProfile(p.height, p.width) for p in profiles):
+            inputs = {"latents": _randn(_latents(spec, profile))}
+            name = f"{component.value}-{profile.height}x{profile.width}"
+            yield _trace(name, component, profile, False, VAEDecoder(module), inputs, ("image",))
+    else:
+        for profile in profiles:
+            for guided in (True, False):
+                name = f"{component.value}-{profile.batch_size}x{profile.height}x{profile.width}"
+                name += "-guided" if guided else ""
+                inputs = _unet_inputs(spec, profile, guided)
+                yield _trace(
+                    name, component, profile, guided, UNet(module, guided=guided), inputs, ("prediction",)
+                )
+
+
+def _trace(
+    name: str,
+    component: Component,
+    profile: ShapeProfile | None,
+    guided: bool,
+    wrapper: nn.Module,
+    inputs: dict[str, Tensor],
+    outputs: tuple[str, ...],
+) -> Program:
+    with torch.no_grad():
+        exported = torch.export.export(wrapper.eval(), (), inputs, strict=False)
+    module = simplify(exported.module(check_guards=False))
+    return Program(
+        name=name,
+        component=component,
+        profile=profile,
+        guided=guided,
+        module=module,
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def _text_inputs(encoder: Any, spec: ModelSpec) -> dict[str, Tensor]:
+    config = encoder.config
+    tokens = torch.randint(0, config.vocab_size, (1, spec.max_tokens), generator=_generator())
+    # The pooled embedding is read at the end-of-text token, so a sequence without one is not a prompt.
+    tokens[0, spec.max_tokens // 2 :] = config.eos_token_id
+    return {"tokens": tokens}
+
+
+def _unet_inputs(spec: ModelSpec, profile: ShapeProfile, guided: bool) -> dict[str, Tensor]:
+    rows = profile.batch_size * (2 if guided else 1)
+    generator = _generator()
+    inputs = {
+        "latents": _randn(_latents(spec, profile), generator),
+        "timestep": torch.randint(1, TRAIN_TIMESTEPS, (profile.batch_size,), generator=generator).float(),
+        "context": _randn((rows, spec.max_tokens, spec.context_size), generator),
+    }
+    if spec.pooled_size is not None:
+        size = [profile.height, profile.width]
+        inputs["pooled"] = _randn((rows, spec.pooled_size), generator)
+        inputs["sizes"] = torch.tensor([size + [0, 0] + size] * rows, dtype=torch.float32)
+    return inputs
+
+
+def _latents(spec: ModelSpec, profile: ShapeProfile) -> tuple[int, ...]:
+    scale = spec.vae_scale_factor
+    return (profile.batch_size, spec.latent_channels, profile.height // scale, profile.width // scale)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _randn(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    return torch.randn(shape, generator=generator or _generator())

@@ -1,0 +1,227 @@
+"""Safetensors files into torch modules: headers are checked before a byte of weights is allocated.
+
+The format is eight bytes of length, a JSON header and the tensors' bytes
+(https://huggingface.co/docs/safetensors). Tensors are memory-mapped, so that reading a file of 16-bit weights
+costs one float32 copy of them, and one of float32 weights costs none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from rt.errors import CheckpointError, PickleError
+from rt.model import Component
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+_MAX_HEADER_BYTES = 16 << 20
+_LFS_POINTER = b"version https://git-lfs"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# Names that older libraries gave the same tensors, as (old, new) pieces. transformers dropped the prefix of
+# CLIPTextModel in 5.6; diffusers renamed the attention of the autoencoder in 0.17.
+_RENAMED = (
+    ("text_model.", ""),
+    (".query.", ".to_q."),
+    (".key.", ".to_k."),
+    (".value.", ".to_v."),
+    (".proj_attn.", ".to_out.0."),
+)
+_LEGACY = {"embeddings.position_ids"}  # constants that were once saved with the weights
+
+
+def pickle_error(path: Path | str) -> PickleError:
+    """The refusal of a file, or of a folder that has nothing else, in a format that can run code."""
+    return PickleError(
+        f"{path} is a pickle, which can run any code when it is read; rt reads safetensors only: "
+        "convert it on a machine you trust, e.g. diffusers' save_pretrained(..., safe_serialization=True)"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, or a `CheckpointError` that says what is there instead."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
+    except ValueError as error:
+        if path.read_bytes().startswith(_LFS_POINTER):
+            raise _lfs_error(path) from None
+        raise CheckpointError(
+            f"{path} is not JSON ({error}): the file is damaged, download it again"
+        ) from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the meta device (shape and dtype, no memory) by name, and the file's metadata.
+
+    Raises:
+        CheckpointError: The file is missing or truncated, or its header is damaged, over 16 MiB or has a name
+            twice.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise _lfs_error(path)
+        length = int.from_bytes(start[:8], "little")
+        if size >= 8 and length > _MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path} is not safetensors: a header of {length:,} bytes, at most {_MAX_HEADER_BYTES:,}"
+            )
+        if size < 8 + length:
+            raise _truncated(path, size, max(8 + length, 8))
+        file.seek(8)
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+        metadata = {key: str(value) for key, value in header.pop("__metadata__", {}).items()}
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        tensors = {
+            name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+            for name, entry in header.items()
+        }
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
+        raise CheckpointError(f"{path} has a bad safetensors header ({error}): download it again") from None
+    if size < 8 + length + end:
+        raise _truncated(path, size, 8 + length + end)
+    return tensors, metadata
+
+
+def read_headers(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """What `read_tensors` would give, on the meta device."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        shard, _ = read_header(path)
+        if twice := [name for name in shard if name in tensors]:
+            raise CheckpointError(
+                f"{path}: {_first(twice)} in another shard, too; download the checkpoint again"
+            )
+        tensors |= shard
+    return tensors
+
+
+def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """All tensors of the files by name, memory-mapped, in the dtype that the files have."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): download it again") from None
+    return tensors
+
+
+def build(component: Component, config: Mapping[str, Any]) -> nn.Module:
+    """The network that its library's `config` describes, with that library's random weights."""
+    if component is Component.UNET:
+        return UNet2DConditionModel.from_config(dict(config))
+    if component is Component.VAE_DECODER:
+        return AutoencoderKL.from_config(dict(config))
+    encoder = CLIPTextModelWithProjection if component is Component.TEXT_ENCODER_2 else CLIPTextModel
+    return encoder(CLIPTextConfig.from_dict({**config, "dtype": "float32"}))
+
+
+def build_empty(component: Component, config: Mapping[str, Any]) -> nn.Module:
+    """The network that `config` describes, with its parameters on the meta device: shapes without memory."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return build(component, config)
+    except Exception as error:  # Whatever the constructor of another library makes of a bad value.
+        raise CheckpointError(f"the config of {component.value} describes no network: {error}") from error
+
+
+def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `CheckpointError` unless `tensors` are exactly the parameters of `module`, by name and shape."""
+    expected = {_canonical(name): tensor for name, tensor in module.state_dict().items()}
+    found = {_canonical(name): tensor for name, tensor in tensors.items() if _canonical(name) not in _LEGACY}
+    shared = [name for name in expected if name in found]
+    if missing := [name for name in expected if name not in found]:
+        problem = f"{_first(missing)} missing"
+    elif unexpected := [name for name in found if name not in expected]:
+        problem = f"{_first(unexpected)} not part of a {type(module).__name__}"
+    elif wrong := [name for name in shared if found[name].shape != expected[name].shape]:
+        shapes = f"{list(found[wrong[0]].shape)}, the config says {list(expected[wrong[0]].shape)}"
+        problem = f"{_first(wrong)} of another shape: {shapes}"
+    elif integer := [name for name in shared if not found[name].is_floating_point()]:
+        problem = f"{_first(integer)} quantised ({found[integer[0]].dtype})"
+    else:
+        return
+    raise CheckpointError(f"{where}: {problem}; use the config and the plain weights of one model")
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
+    """`module` with `tensors` as its float32 parameters, in eval mode and without gradients."""
+    check(module, tensors, where)
+    names = {_canonical(name): name for name in module.state_dict()}
+    state = {
+        names[_canonical(name)]: tensor.to(torch.float32)
+        for name, tensor in tensors.items()
+        if _canonical(name) not in _LEGACY
+    }
+    module.requires_grad_(False).load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def _canonical(name: str) -> str:
+    for old, new in _RENAMED:
+        name = name.replace(old, new)
+    return name
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} is there twice")
+    return unique
+
+
+def _first(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
+
+
+def _truncated(path: Path, size: int, expected: int) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated: {size:,} bytes of {expected:,}: download it again")
+
+
+def _lfs_error(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` in its folder")

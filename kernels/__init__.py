@@ -1,0 +1,1 @@
+"""GPU kernels, one file an op: formula and shapes, torch reference, Triton kernel, launch, SPEC."""

@@ -1,0 +1,71 @@
+"""The seam between the runtime and whatever executes a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rt.config import DType
+from rt.shapes import TensorSpec
+
+Array = NDArray[np.generic]
+
+
+class Engine(Protocol):
+    """A loaded program with its buffers.
+
+    `inputs` and `outputs` map names to arrays that the engine owns and that keep their address for its
+    life: write into the inputs in place, call `enqueue`, read the outputs before the next `enqueue`.
+    """
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+    def enqueue(self) -> None:
+        """Run the program once; on a CPU the outputs are ready on return."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Availability:
+    """Whether a backend can be used here: its version, or the reason why not and what would help."""
+
+    version: str | None
+    problem: str = ""
+
+    def __bool__(self) -> bool:
+        return self.version is not None
+
+
+class Backend(Protocol):
+    """A library that runs graphs. Instances hold no state but caches."""
+
+    name: str
+    """Also the name of the extra that installs it."""
+
+    def available(self) -> Availability:
+        """Whether it can be used here; never raises."""
+
+    def refuses(self, dtype: DType) -> str:
+        """Why it cannot run graphs of this format, or "" when it can."""
+
+    def arithmetic(self, dtype: DType) -> str:
+        """The format it computes in for graphs of `dtype`: f32, bf16 or f16, as its library names it."""
+
+    def load(
+        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, dtype: DType, threads: int
+    ) -> Engine:
+        """Load a graph and bind a buffer to each of its inputs and outputs.
+
+        Raises:
+            BackendError: When the library refuses the file.
+        """
+
+
+def buffers(specs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """One array of zeros a tensor, allocated once for the life of an engine."""
+    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}

@@ -1,0 +1,93 @@
+"""OpenVINO on the CPU: reads the ONNX graphs as they are, computes in bf16 where the processor can.
+
+https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rt.backends.base import Array, Availability, buffers
+from rt.config import DType
+from rt.errors import BackendError
+from rt.extras import install_line
+from rt.shapes import TensorSpec
+
+if TYPE_CHECKING:
+    import openvino
+
+
+class OpenVINO:
+    """The CPU default."""
+
+    name = "openvino"
+
+    def available(self) -> Availability:
+        """Whether the package is installed; it brings its own CPU device."""
+        try:
+            return Availability(version=version("openvino"))
+        except PackageNotFoundError:
+            return Availability(version=None, problem="not installed; run: " + install_line(self.name))
+
+    def refuses(self, dtype: DType) -> str:
+        """Nothing: each format is computed at its own precision or above."""
+        return ""
+
+    def arithmetic(self, dtype: DType) -> str:
+        """bf16 for bf16 graphs where the processor has it, else f32 (x86 cores compute f16 slower than f32)."""
+        return "bf16" if dtype is DType.BF16 and "BF16" in self._capabilities else "f32"
+
+    def load(
+        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, dtype: DType, threads: int
+    ) -> OpenVINOEngine:
+        """Read and compile the graph."""
+        options = {
+            "INFERENCE_PRECISION_HINT": self.arithmetic(dtype),
+            "EXECUTION_MODE_HINT": "ACCURACY" if dtype is DType.FP32 else "PERFORMANCE",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        try:
+            model = self._core.compile_model(self._core.read_model(path), "CPU", options)
+            return OpenVINOEngine(model, buffers(inputs), buffers(outputs))
+        except RuntimeError as error:
+            raise BackendError(f"openvino cannot load {path}: {_last_line(error)}") from error
+
+    @cached_property
+    def _core(self) -> openvino.Core:
+        import openvino
+
+        return openvino.Core()
+
+    @cached_property
+    def _capabilities(self) -> list[str]:
+        return list(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")) if self.available() else []
+
+
+class OpenVINOEngine:
+    """A compiled model whose tensors share memory with our arrays."""
+
+    def __init__(self, model: openvino.CompiledModel, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
+        import openvino
+
+        self.inputs, self.outputs = inputs, outputs
+        self._request = model.create_infer_request()
+        for name, array in (*inputs.items(), *outputs.items()):
+            self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+
+    def enqueue(self) -> None:
+        """Run once. `infer()` would build a dictionary of results each time; this does not."""
+        try:
+            self._request.start_async()
+            self._request.wait()
+        except RuntimeError as error:
+            raise BackendError(f"openvino failed while running: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """The part of OpenVINO's multi-line messages that says what is wrong."""
+    return (str(error).strip().splitlines() or ["no reason given"])[-1].strip()

@@ -1,0 +1,81 @@
+"""ONNX Runtime on the CPU: exact in fp32, the reference for every other engine.
+
+https://onnxruntime.ai/docs/api/python/api_summary.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rt.backends.base import Array, Availability, buffers
+from rt.config import DType
+from rt.errors import BackendError
+from rt.extras import install_line
+from rt.shapes import TensorSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class OnnxRuntime:
+    """The reference."""
+
+    name = "onnxruntime"
+
+    def available(self) -> Availability:
+        """Whether one of the packages that carry `import onnxruntime` is installed."""
+        for package in ("onnxruntime", "onnxruntime-gpu"):
+            try:
+                return Availability(version=version(package))
+            except PackageNotFoundError:
+                continue
+        return Availability(version=None, problem="not installed; run: " + install_line(self.name))
+
+    def refuses(self, dtype: DType) -> str:
+        """bf16: its CPU kernels have no convolution for it."""
+        if dtype is not DType.BF16:
+            return ""
+        return "its CPU kernels do not compute bf16; use --backend openvino or rebuild with --fp16 or --dtype fp32"
+
+    def arithmetic(self, dtype: DType) -> str:
+        """The format of the graph."""
+        return "f32" if dtype is DType.FP32 else "f16"
+
+    def load(
+        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, dtype: DType, threads: int
+    ) -> OnnxRuntimeEngine:
+        """Create a session."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base class but Exception
+            raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
+        return OnnxRuntimeEngine(session, buffers(inputs), buffers(outputs))
+
+
+class OnnxRuntimeEngine:
+    """A session with its inputs and outputs bound to our arrays."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, inputs: dict[str, Array], outputs: dict[str, Array]
+    ) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        self._session = session
+        self._binding = session.io_binding()
+        for bind, arrays in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def enqueue(self) -> None:
+        """Run once."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"onnxruntime failed while running: {error}") from error

@@ -1,0 +1,248 @@
+"""The bundle on disk: a plain directory with a manifest that knows every byte of it.
+
+    manifest.json                what it is, how it was built, sha256 and size of every other file
+    tokenizer/<component>.json   one a text encoder
+    engines/<name>.onnx          one a program and shape
+    engines/<component>.weights  the tensors that these share
+    reference/<name>.npz         inputs and torch's outputs, for `rt verify`
+
+`docs/bundle-format.md` describes each field. A bundle is code: run only those you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rt.config import BuildConfig
+from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
+from rt.model import Component, ModelSpec
+from rt.shapes import ShapeProfile, TensorSpec
+
+FORMAT = "rt-bundle"
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
+_NO_DIGEST = b'"digest": "' + b"0" * 64 + b'"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """What a file of the bundle must be."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """One compiled program.
+
+    Attributes:
+        name: Unique in the bundle; the stem of its file.
+        component: The network it runs.
+        profile: The shape it is for; None where the shape does not depend on one (text).
+        guided: U-Net only: one row of latents gives an unconditional and a conditional row.
+        file: Path of the graph inside the bundle; its weights are named by the graph.
+        weights: Path of the tensors that the graph refers to.
+        reference: Path of test inputs and torch's outputs for them.
+        inputs: In the order of the graph.
+        outputs: In the order of the graph.
+        error: Relative L2 distance from torch in fp32, per output, measured at the build.
+        verified_with: Backend and arithmetic of that measurement, such as "openvino f32".
+        islands: Operators kept in fp32 in a half-precision graph, with how many and why.
+    """
+
+    name: str
+    component: Component
+    profile: ShapeProfile | None
+    guided: bool
+    file: str
+    weights: str
+    reference: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    error: Mapping[str, float]
+    verified_with: str
+    islands: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:
+        """From the manifest."""
+        return cls(
+            **{
+                **data,
+                "component": Component(data["component"]),
+                "profile": ShapeProfile(**data["profile"]) if data["profile"] else None,
+                "inputs": tuple(TensorSpec.from_json(spec) for spec in data["inputs"]),
+                "outputs": tuple(TensorSpec.from_json(spec) for spec in data["outputs"]),
+                "islands": tuple(data["islands"]),
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """Where the weights came from.
+
+    Attributes:
+        name: What the user typed.
+        kind: folder, hub, single_file or synthetic.
+        revision: Commit of the hub repository.
+        licence: As the model card says.
+        files: sha256 of every file that was read, by its name in the source.
+    """
+
+    name: str
+    kind: str
+    revision: str | None
+    licence: str | None
+    files: Mapping[str, str]
+
+    @property
+    def model_hash(self) -> str:
+        """First 10 hex digits of the U-Net's (or the single file's) sha256, as other tools write it."""
+        unet = [sha for name, sha in sorted(self.files.items()) if name.startswith("unet") and "safetensors" in name]
+        single = [sha for name, sha in sorted(self.files.items()) if name.endswith(".safetensors")]
+        return (unet or single or [hashlib.sha256(self.name.encode()).hexdigest()])[0][:10]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that is known of a bundle; see the module and `docs/bundle-format.md`."""
+
+    created: str
+    fingerprint: str
+    source: SourceRecord
+    model: ModelSpec
+    config: BuildConfig
+    engines: tuple[EngineRecord, ...]
+    versions: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+
+    def to_bytes(self) -> bytes:
+        """The manifest file, its own sha256 (taken with the digest's digits all zero) in it."""
+        body = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "digest": "0" * 64,
+            "created": self.created,
+            "fingerprint": self.fingerprint,
+            "source": asdict(self.source),
+            "model": self.model.to_json(),
+            "config": self.config.to_json(),
+            "engines": [asdict(engine) for engine in self.engines],
+            "versions": dict(self.versions),
+            "files": {name: asdict(record) for name, record in sorted(self.files.items())},
+        }
+        raw = json.dumps(body, indent=1, ensure_ascii=True).encode() + b"\n"
+        return _DIGEST.sub(b'"digest": "' + hashlib.sha256(raw).hexdigest().encode() + b'"', raw, count=1)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, path: Path) -> Manifest:
+        """Read and check a manifest file.
+
+        Raises:
+            BundleError: When it is not the manifest of a bundle.
+            IncompatibleBundleError: When a newer rt wrote it.
+            IntegrityError: When a byte of it has changed.
+        """
+        try:
+            body = json.loads(raw)
+        except ValueError as error:
+            raise IntegrityError(f"{path} is damaged: not JSON ({error}); build or copy the bundle again") from None
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise BundleError(f"{path} is not the manifest of a bundle; make one with: rt build MODEL -o DIR")
+        digest = _DIGEST.search(raw)
+        if not digest or digest[1].decode() != hashlib.sha256(_DIGEST.sub(_NO_DIGEST, raw, count=1)).hexdigest():
+            raise IntegrityError(f"{path} is damaged: its sha256 differs; build or copy the bundle again")
+        # Every later schema keeps the digest, so that a damaged byte is never taken for a newer version.
+        if body["schema"] > SCHEMA:
+            raise IncompatibleBundleError(
+                f"{path} has schema {body['schema']}; this rt reads up to {SCHEMA}. Upgrade rt or build the bundle again"
+            )
+        return cls(
+            created=body["created"],
+            fingerprint=body["fingerprint"],
+            source=SourceRecord(**body["source"]),
+            model=ModelSpec.from_json(body["model"]),
+            config=BuildConfig.from_json(body["config"]),
+            engines=tuple(EngineRecord.from_json(engine) for engine in body["engines"]),
+            versions=body["versions"],
+            files={name: FileRecord(**record) for name, record in body["files"].items()},
+        )
+
+
+class Bundle:
+    """A bundle that was opened: its manifest read, its files present and of the right size."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {len(self.manifest.engines)} engines, {self.manifest.config.dtype.value})"
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open the directory `path`.
+
+        Raises:
+            BundleError: When there is no bundle.
+            IntegrityError: When the manifest is damaged, or a file is missing, a link, or of the wrong size.
+            IncompatibleBundleError: When a newer rt wrote it.
+        """
+        path = Path(path)
+        try:
+            raw = (path / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            what = "has no manifest.json" if path.is_dir() else "does not exist"
+            raise BundleError(f"{path} is not a bundle: it {what}; make one with: rt build MODEL -o {path}") from None
+        except NotADirectoryError:
+            raise BundleError(f"{path} is a file, not a bundle; a bundle is a directory that `rt build` made") from None
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+        bundle = cls(path, Manifest.from_bytes(raw, path / MANIFEST))
+        for name, record in bundle.manifest.files.items():
+            bundle._check_size(name, record)
+        return bundle
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Compare the sha256 of the named files, or of all, with the manifest.
+
+        Raises:
+            IntegrityError: With the first file that differs.
+        """
+        chosen = sorted(self.manifest.files if names is None else set(names))
+        with ThreadPoolExecutor() as pool:
+            for name, sha256 in zip(chosen, pool.map(lambda n: hash_file(self.path / n), chosen), strict=True):
+                if sha256 != self.manifest.files[name].sha256:
+                    raise IntegrityError(
+                        f"{self.path / name} is damaged: its sha256 differs; build or copy the bundle again"
+                    )
+
+    def _check_size(self, name: str, record: FileRecord) -> None:
+        file = self.path / name
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or file.is_symlink() or not file.is_file():
+            raise IntegrityError(f"{file} is missing or not a plain file; build or copy the bundle again")
+        size = file.stat().st_size
+        if size != record.size_bytes:
+            raise IntegrityError(
+                f"{file} is damaged: {size} bytes instead of {record.size_bytes}; build or copy the bundle again"
+            )
+
+
+def hash_file(path: Path) -> str:
+    """sha256 (hex) of a file, without holding it in memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,111 @@
+"""`rt build`: checkpoint to bundle."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import click
+
+from rt.backends import AUTO, BACKENDS, choose
+from rt.bundle import Bundle
+from rt.config import BuildConfig, DType
+from rt.errors import ConfigError
+from rt.extras import needs
+
+logger = logging.getLogger(__name__)
+
+
+class IntList(click.ParamType):
+    """Whole numbers separated by commas."""
+
+    name = "N[,N...]"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse; click reports what `fail` says."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number or a list such as 1,2,4", param, ctx)
+
+
+@click.command(short_help="Compile a model into a bundle.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option("--fp16", "dtypes", flag_value="fp16", multiple=True, help="Weights and arithmetic in float16.")
+@click.option("--bf16", "dtypes", flag_value="bf16", multiple=True, help="Weights and arithmetic in bfloat16.")
+@click.option("--dtype", type=click.Choice([d.value for d in DType]), help="The same, by name.  [default: fp32]")
+@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
+@click.option("--height", type=IntList(), default=(), help="Pixels; several make several profiles.")
+@click.option("--width", type=IntList(), default=(), help="Pixels; paired with the heights.")
+@click.option("--batch-size", type=IntList(), default=(), help="Pictures at once, such as 1,4.")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option("--variant", help="Weights variant, such as fp16.")
+@click.option("--tokenizer", help="Folder or hub id of the vocabulary, for a single file.")
+@click.option("--prediction-type", help="epsilon, v_prediction or sample, where a single file does not say.")
+@click.option("--offline", is_flag=True, help="Use only what the hub cache holds.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def command(
+    model: str,
+    output: Path,
+    dtypes: tuple[str, ...],
+    dtype: str | None,
+    backend: str,
+    height: tuple[int, ...],
+    width: tuple[int, ...],
+    batch_size: tuple[int, ...],
+    revision: str | None,
+    variant: str | None,
+    tokenizer: str | None,
+    prediction_type: str | None,
+    offline: bool,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Compile MODEL into a bundle and print its path.
+
+    MODEL is a diffusers folder, a hub id, a .safetensors file in the original layout, or synthetic:sd15,
+    synthetic:sd21, synthetic:sdxl, synthetic:tiny (the real shapes with random weights).
+    """
+    started = time.perf_counter()
+    chosen = _dtype(dtypes, dtype)
+    engine, why = choose(backend, chosen)
+    with needs("build", "rt build"):
+        from rt.export.build import build, default_profiles
+        from rt.export.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(
+        model,
+        revision=revision,
+        variant=variant,
+        tokenizer=tokenizer,
+        prediction_type=prediction_type,
+        offline=offline,
+    )
+    config = BuildConfig(
+        profiles=default_profiles(checkpoint, height, width, batch_size), dtype=chosen, backend=engine.name
+    )
+    bundle = build(checkpoint, output, config, force=force, quiet=quiet)
+    _report(bundle, why, time.perf_counter() - started)
+    click.echo(output)
+
+
+def _dtype(flags: tuple[str, ...], name: str | None) -> DType:
+    asked = {*flags, *([name] if name else [])}
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --dtype")
+    return DType(asked.pop()) if asked else DType.FP32
+
+
+def _report(bundle: Bundle, why: str, seconds: float) -> None:
+    for engine in bundle.manifest.engines:
+        worst = max(engine.error.values())
+        logger.info("%s: %.1e from torch (%s)", engine.name, worst, engine.verified_with)
+    size = sum(record.size_bytes for record in bundle.manifest.files.values()) / 2**20
+    click.echo(f"built in {seconds:.0f} s, {size:.0f} MiB; {why}", err=True)

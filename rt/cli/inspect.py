@@ -1,0 +1,49 @@
+"""`rt inspect`: what a bundle is, without loading an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from rt.bundle import MANIFEST, Bundle, Manifest
+
+
+@click.command(short_help="Say what a bundle is.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Describe BUNDLE from its manifest; no engine is loaded."""
+    opened = Bundle.open(bundle)
+    if as_json:
+        click.echo(json.dumps(json.loads((bundle / MANIFEST).read_bytes()), indent=1))
+    else:
+        click.echo("\n".join(_describe(opened.manifest)))
+
+
+def _describe(manifest: Manifest) -> list[str]:
+    source, model, config = manifest.source, manifest.model, manifest.config
+    size = sum(record.size_bytes for record in manifest.files.values())
+    revision = f" at {source.revision}" if source.revision else ""
+    lines = [
+        f"model      {source.name} ({source.kind}{revision}), {model.family.value}, hash {source.model_hash}",
+        f"licence    {source.licence or 'not stated'}",
+        f"sampler    {model.scheduler.get('_class_name')}, {model.scheduler.get('prediction_type', 'epsilon')}",
+        f"built      {manifest.created}, {config.dtype.value} for {config.backend}, {_mib(size)}",
+        f"sizes      {', '.join(str(profile) for profile in config.profiles)} (pictures x height x width)",
+        f"tokens     {model.max_tokens}",
+        "engines",
+    ]
+    width = max(len(engine.name) for engine in manifest.engines)
+    for engine in manifest.engines:
+        lines.append(
+            f"  {engine.name:<{width}}  {max(engine.error.values()):.1e} from torch with {engine.verified_with}"
+        )
+        lines += [f"  {'':<{width}}  in fp32: {island}" for island in engine.islands]
+    lines.append("built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    return lines
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,92 @@
+"""Entry point: parse, run the verb, turn every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import traceback
+from importlib import import_module
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+import rt
+from rt.errors import RtError
+
+_VERBS = ("build", "run", "inspect", "verify", "bench", "doctor")
+_OUT_OF_MEMORY, _INTERRUPTED = 5, 130
+
+
+class _Verbs(click.Group):
+    """Imports the file of a verb only when that verb is used, or when help lists them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        command: click.Command = import_module(f"rt.cli.{cmd_name}").command
+        return command
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        # Both --batch-size and --batch_size, as users of diffusers' scripts type it.
+        "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("--") else token,
+    },
+)
+@click.version_option(rt.__version__, prog_name="rt")
+@click.option("-v", "--verbose", is_flag=True, help="Say what is done, and show tracebacks.")
+def cli(verbose: bool) -> None:
+    """Compile latent-diffusion models and run them, sampling loop and all.
+
+    \b
+    rt build MODEL -o DIR      checkpoint to bundle
+    rt run DIR --prompt TEXT   bundle to picture
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    logging.getLogger("rt").addHandler(handler)
+    logging.getLogger("rt").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
+
+
+def main() -> NoReturn:
+    """Run the command line.
+
+    Exit codes: 0 done, 1 failure, 2 usage, 3 bundle damaged or incompatible, 4 package or device missing,
+    5 out of memory, 130 interrupted.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except RtError as error:
+        _fail(str(error), error.exit_code, error)
+    except MemoryError as error:
+        _fail("out of memory; build a smaller size or batch, or with --fp16 or --bf16", _OUT_OF_MEMORY, error)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", _INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Let `kill` clean up as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
+    if error is not None and logging.getLogger("rt").isEnabledFor(logging.INFO):
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,131 @@
+"""`rt run`: bundle and prompt to pictures on disk."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import numpy as np
+
+import rt
+from rt.backends import AUTO, BACKENDS
+from rt.errors import ConfigError
+from rt.images import ImageMetadata, OutputPattern, save
+from rt.pipeline import Pipeline
+from rt.progress import progress
+from rt.samplers import SAMPLERS, SPACINGS, Scheduler
+
+
+@click.command(short_help="Draw pictures with a bundle.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", required=True, help="What to draw.")
+@click.option("--negative-prompt", help="What to keep away from.")
+@click.option("--steps", "--num-inference-steps", type=int, default=50, show_default=True)
+@click.option("--guidance-scale", type=float, default=7.5, show_default=True, help="1 turns guidance off.")
+@click.option("--guidance-rescale", type=float, default=0.0, help="For zero-terminal-SNR models, such as 0.7.")
+@click.option("--seed", type=int, help="Of the first picture; the others count up.  [default: random]")
+@click.option("--scheduler", help=f"Sampler: {', '.join(SAMPLERS)}; or a diffusers class.  [default: the model's]")
+@click.option("--spacing", type=click.Choice(SPACINGS), help="Of the timesteps.  [default: the model's]")
+@click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True)
+@click.option("--height", type=int, help="Pixels; one that was built.")
+@click.option("--width", type=int, help="Pixels; one that was built.")
+@click.option("-o", "--output", default="", help="File, directory or pattern with {seed} {index} {date} {prompt_hash}.")
+@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
+@click.option("--threads", type=int, help="Processors to use.  [default: all]")
+@click.option("--no-metadata", is_flag=True, help="Leave the prompt and the settings out of the file.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
+@click.option("--json", "as_json", is_flag=True, help="Print paths, seeds and timings as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def command(
+    bundle: Path,
+    prompt: str,
+    negative_prompt: str | None,
+    steps: int,
+    guidance_scale: float,
+    guidance_rescale: float,
+    seed: int | None,
+    scheduler: str | None,
+    spacing: str | None,
+    num_images_per_prompt: int,
+    height: int | None,
+    width: int | None,
+    output: str,
+    backend: str,
+    threads: int | None,
+    no_metadata: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Draw pictures of --prompt with BUNDLE and print their paths."""
+    if not prompt.strip():
+        raise ConfigError('the prompt is empty; say what to draw: --prompt "a red heart"')
+    started = time.perf_counter()
+    pipe = Pipeline.from_bundle(bundle, backend=backend, threads=threads)
+    load_s = time.perf_counter() - started
+    sampler = Scheduler.from_config(pipe.bundle.manifest.model.scheduler, scheduler, spacing=spacing)
+    first = secrets.randbits(32) if seed is None else seed
+    seeds = [first + index for index in range(num_images_per_prompt)]
+    paths = _free_paths(OutputPattern(output or "./"), prompt, seeds, force=force)
+    calls = pipe.unet_calls(sampler.schedule(steps), num_images_per_prompt, height, width)
+    with progress("draw", total=calls, quiet=quiet) as bar:
+        result = pipe(
+            prompt,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seeds,
+            scheduler=sampler,
+            callback_on_step_end=lambda *step: bar.advance(),
+        )
+    source = pipe.bundle.manifest.source
+    for path, image, used in zip(paths, result.images, seeds, strict=True):
+        metadata = ImageMetadata(
+            prompt=prompt,
+            negative_prompt=negative_prompt or "",
+            steps=steps,
+            sampler=sampler.label,
+            guidance_scale=guidance_scale,
+            seed=used,
+            width=image.width,
+            height=image.height,
+            model=Path(source.name).stem,
+            model_hash=source.model_hash,
+            version=f"rt {rt.__version__}",
+            extra={"CFG Rescale": guidance_rescale} if guidance_rescale else {},
+        )
+        save(path, np.asarray(image), metadata=None if no_metadata else metadata, overwrite=force)
+    if as_json:
+        summary = {
+            "images": [{"path": str(path), "seed": used} for path, used in zip(paths, seeds, strict=True)],
+            "scheduler": sampler.name,
+            "backend": pipe.engines.backend.name,
+            "backend_reason": pipe.engines.reason,
+            "timings": {"load_s": load_s, **asdict(result.timings)},
+        }
+        click.echo(json.dumps(summary, indent=1))
+    else:
+        click.echo("\n".join(str(path) for path in paths))
+
+
+def _free_paths(pattern: OutputPattern, prompt: str, seeds: list[int], *, force: bool) -> list[Path]:
+    """Where the pictures go, known to be free and to have a folder before minutes are spent on drawing them."""
+    paths = [
+        pattern.path(seed=seed, index=index, prompt=prompt, count=len(seeds)) for index, seed in enumerate(seeds)
+    ]
+    for path in paths:
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists: choose another -o or overwrite it with --force")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+    return paths

@@ -1,0 +1,58 @@
+"""`BuildConfig`: everything that shapes the output of a build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from rt.errors import ConfigError
+from rt.shapes import ShapeProfile
+
+
+class DType(str, Enum):
+    """Number format of weights and arithmetic; an engine never computes in fewer bits than this."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """What `rt build` was asked for.
+
+    Attributes:
+        profiles: The shapes to build engines for; the first is the default of `rt run`.
+        dtype: Format of weights and arithmetic.
+        backend: The engine that the build is verified with and that `rt run` prefers.
+    """
+
+    profiles: tuple[ShapeProfile, ...]
+    dtype: DType = DType.FP32
+    backend: str = "openvino"
+
+    def __post_init__(self) -> None:
+        if not self.profiles:
+            raise ConfigError("a build needs at least one shape profile")
+        if len(set(self.profiles)) != len(self.profiles):
+            raise ConfigError("a shape profile is given twice; give each size and batch size once")
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; `from_json` is the inverse."""
+        return {**asdict(self), "dtype": self.dtype.value}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BuildConfig:
+        """From what `to_json` gave."""
+        profiles = tuple(ShapeProfile(**profile) for profile in data["profiles"])
+        return cls(profiles=profiles, dtype=DType(data["dtype"]), backend=data["backend"])
+
+
+def fingerprint(*parts: object) -> str:
+    """sha256 (hex) of JSON values, independent of the order of keys."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

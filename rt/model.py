@@ -1,0 +1,67 @@
+"""What a checkpoint is: its components and the few facts that running it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+
+class Component(str, Enum):
+    """A network of the model, named as in diffusers' `model_index.json`; the decoder is half of `vae`."""
+
+    TEXT_ENCODER = "text_encoder"
+    TEXT_ENCODER_2 = "text_encoder_2"
+    UNET = "unet"
+    VAE_DECODER = "vae_decoder"
+
+
+class Family(str, Enum):
+    """Which conditioning the U-Net wants: one CLIP-L (SD 1.x), one OpenCLIP-H (2.x), two and sizes (XL)."""
+
+    SD1 = "sd1"
+    SD2 = "sd2"
+    SDXL = "sdxl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The facts of one checkpoint, read from its configs, never from its name.
+
+    Attributes:
+        family: What the U-Net is conditioned on.
+        latent_channels: Channels of the latents, 4 in every Stable Diffusion.
+        vae_scale_factor: Pixels per latent pixel along one side (8 in SD; a demo model may have 4).
+        sample_size: Side of the latents the model was trained on; the default picture is
+            `sample_size * vae_scale_factor` pixels square.
+        scaling_factor: What latents are multiplied by after encoding, and divided by before decoding.
+        text_encoders: In the order in which their hidden states are concatenated.
+        max_tokens: Length of the token sequence, with its start and end.
+        context_size: Channels of the text states that the U-Net attends to.
+        pooled_size: Channels of the pooled text embedding (SDXL), or None.
+        zero_negative: Whether a missing negative prompt means zero states rather than those of "" (SDXL).
+        scheduler: The checkpoint's `scheduler_config.json`, as it is.
+    """
+
+    family: Family
+    latent_channels: int
+    vae_scale_factor: int
+    sample_size: int
+    scaling_factor: float
+    text_encoders: tuple[Component, ...]
+    max_tokens: int
+    context_size: int
+    pooled_size: int | None
+    zero_negative: bool
+    scheduler: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; `from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """From what `to_json` gave."""
+        encoders = tuple(Component(name) for name in data["text_encoders"])
+        return cls(**{**data, "family": Family(data["family"]), "text_encoders": encoders})

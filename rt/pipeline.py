@@ -1,0 +1,372 @@
+"""Prompts to pictures: tokens → conditioning → N × step → decode. Owns no numerics."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rt.backends import AUTO
+from rt.bundle import Bundle
+from rt.engines import Engines
+from rt.errors import ArgumentError, ConfigError, NumericsError, nearest
+from rt.images import postprocess, to_pil
+from rt.model import Component
+from rt.noise import Generator
+from rt.samplers import Schedule, Scheduler
+from rt.session import Conditioning, OnStep, Row, Session
+from rt.shapes import ShapeProfile, choose_size, split_batch
+from rt.tokenizer import Tokenizer
+from rt.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+OutputType = Literal["pil", "np", "latent"]
+Callback = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+
+_OUTPUT_TYPES = ("pil", "np", "latent")
+# What other tools call the same thing.
+_ALIASES = {
+    "generator": "seed",
+    "seeds": "seed",
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "sampler": "scheduler",
+    "n": "num_images_per_prompt",
+    "batch_size": "num_images_per_prompt",
+    "prompts": "prompt",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Timings:
+    """Wall clock of one call, in seconds; `steps` counts calls of the U-Net."""
+
+    text_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PipelineOutput:
+    """What a call gives.
+
+    Attributes:
+        images: One a picture: PIL images, float32 (H, W, 3) in [0, 1] for "np", float32 (C, h, w) for "latent".
+        seeds: The seed of each, also when none was given.
+        timings: Where the time went.
+    """
+
+    images: list[Any]
+    seeds: list[int]
+    timings: Timings
+
+
+class Pipeline:
+    """A bundle, ready to draw. Calls from several threads take turns."""
+
+    def __init__(self, bundle: Bundle, *, backend: str = AUTO, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.engines = Engines(bundle, backend, threads)
+        spec = bundle.manifest.model
+        bundle.verify(f"tokenizer/{encoder.value}.json" for encoder in spec.text_encoders)
+        self._tokenizers = {
+            encoder: Tokenizer.open(bundle.path / "tokenizer" / f"{encoder.value}.json")
+            for encoder in spec.text_encoders
+        }
+        self._profiles = list(
+            dict.fromkeys(e.profile for e in bundle.manifest.engines if e.component is Component.UNET and e.profile)
+        )
+        self._sessions: dict[ShapeProfile, Session] = {}
+        self._interrupt = False
+        self._lock = Lock()
+
+    def __repr__(self) -> str:
+        return f"Pipeline({str(self.bundle.path)!r}, backend={self.engines.backend.name!r})"
+
+    @classmethod
+    def from_bundle(cls, path: str | Path, *, backend: str = AUTO, threads: int | None = None) -> Pipeline:
+        """Open the bundle at `path`; engines load, and their files are hashed, when first needed.
+
+        Args:
+            path: The directory that `rt build` wrote.
+            backend: openvino, onnxruntime or auto.
+            threads: Processors to use, all by default.
+
+        Raises:
+            BundleError, IntegrityError, IncompatibleBundleError: The bundle cannot be used.
+            BackendUnavailableError: No engine is installed.
+        """
+        return cls(Bundle.open(path), backend=backend, threads=threads)
+
+    def interrupt(self) -> None:
+        """Stop the running call at its next step; it returns what it has."""
+        self._interrupt = True
+
+    def unet_calls(self, schedule: Schedule, count: int, height: int | None = None, width: int | None = None) -> int:
+        """How often drawing `count` pictures by `schedule` calls the U-Net: rows of the table times batches."""
+        profiles = self._profiles_of(choose_size(self._profiles, height, width))
+        return len(schedule) * len(split_batch(count, (profile.batch_size for profile in profiles)))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[int] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float | None = None,
+        latents: NDArray[np.float32] | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callback | None = None,
+        guidance_rescale: float = 0.0,
+        *,
+        seed: int | Sequence[int] | None = None,
+        scheduler: str | Scheduler | None = None,
+        **unknown: object,
+    ) -> PipelineOutput:
+        """Draw `num_images_per_prompt` pictures of each prompt, prompt by prompt.
+
+        Names and defaults are those of diffusers' `StableDiffusionPipeline.__call__`
+        (https://huggingface.co/docs/diffusers/api/pipelines/stable_diffusion/text2img).
+
+        Args:
+            prompt: One or several; what does not fit into the model's tokens is dropped with a warning.
+            height: In pixels; one that the bundle was built for. The first built size when left out.
+            width: As `height`.
+            num_inference_steps: Steps of the sampler; some samplers call the U-Net twice a step.
+            timesteps: Custom timesteps instead, where the sampler takes them.
+            guidance_scale: Strength of classifier-free guidance; 1 or less turns it off.
+            negative_prompt: What to keep away from, one for all prompts or one for each.
+            num_images_per_prompt: Pictures of each prompt.
+            eta: Noise of DDIM (0 by default) and TCD (0.3).
+            latents: Unit noise (N, C, h, w) to begin with, instead of the seeds'.
+            output_type: "pil", "np" or "latent".
+            callback_on_step_end: Called as (pipe, step, timestep, {"latents": (B, C, h, w)}) after each step of a
+                batch; a "latents" in what it returns replaces them.
+            guidance_rescale: φ of https://arxiv.org/abs/2305.08891, for zero-terminal-SNR models.
+            seed: Of the first picture, the others count up from it; or one for each picture; random when left out.
+            scheduler: Name of a sampler (`rt.samplers.SAMPLERS`, diffusers' class names), or a `Scheduler`;
+                the checkpoint's own when left out.
+
+        Raises:
+            ArgumentError: For a keyword that does not exist, with the nearest that does.
+            ConfigError, ShapeError: For a value that has no meaning.
+            NumericsError: When a component gives NaN or Inf.
+        """
+        if unknown:
+            raise _unknown_argument(next(iter(unknown)))
+        started = time.perf_counter()
+        prompts = _prompts(prompt)
+        negatives = _negative_prompts(negative_prompt, len(prompts))
+        count = _count(num_images_per_prompt) * len(prompts)
+        seeds = _seeds(seed, count)
+        if output_type not in _OUTPUT_TYPES:
+            raise ConfigError(f"output_type {output_type!r} does not exist; use one of {', '.join(_OUTPUT_TYPES)}")
+        size = choose_size(self._profiles, height, width)
+        schedule = self._schedule(scheduler, num_inference_steps, timesteps, eta)
+        given = self._given_latents(latents, count, size)
+
+        with self._lock:
+            self._interrupt = False
+            watch = _Stopwatch()
+            with watch("text"):
+                pairs = self._encode(prompts, negatives, guided=guidance_scale > 1)
+            rows = [
+                Row(
+                    schedule=schedule,
+                    noise=Generator(seeds[index]),
+                    cond=pairs[index // num_images_per_prompt][0],
+                    uncond=pairs[index // num_images_per_prompt][1],
+                    guidance_scale=guidance_scale,
+                    guidance_rescale=guidance_rescale,
+                    latents=None if given is None else given[index],
+                )
+                for index in range(count)
+            ]
+            images: list[Any] = []
+            for session, batch in self._batches(rows, size):
+                with watch("denoise"):
+                    finished = session.denoise(batch, self._on_step(callback_on_step_end))
+                with watch("decode"):
+                    images += [self._finish(row, size, output_type) for row in finished]
+        timings = Timings(
+            text_s=watch.seconds["text"],
+            denoise_s=watch.seconds["denoise"],
+            decode_s=watch.seconds["decode"],
+            total_s=time.perf_counter() - started,
+            steps=self.unet_calls(schedule, count, *size),
+        )
+        return PipelineOutput(images=images, seeds=seeds, timings=timings)
+
+    def _schedule(
+        self, scheduler: str | Scheduler | None, steps: int, timesteps: Sequence[int] | None, eta: float | None
+    ) -> Schedule:
+        if not isinstance(scheduler, Scheduler):
+            scheduler = Scheduler.from_config(self.bundle.manifest.model.scheduler, scheduler)
+        return scheduler.schedule(steps, timesteps=timesteps, eta=eta)
+
+    def _encode(
+        self, prompts: Sequence[str], negatives: Sequence[str | None], *, guided: bool
+    ) -> list[tuple[Conditioning, Conditioning | None]]:
+        """The conditional and the unconditional side of each prompt; equal texts are encoded once."""
+        cache: dict[str, Conditioning] = {}
+
+        def encode(text: str) -> Conditioning:
+            if text not in cache:
+                cache[text] = self._encode_one(text)
+            return cache[text]
+
+        def encode_negative(text: str | None, cond: Conditioning) -> Conditioning:
+            if text is None and self.bundle.manifest.model.zero_negative:
+                pooled = None if cond.pooled is None else np.zeros_like(cond.pooled)
+                return Conditioning(states=np.zeros_like(cond.states), pooled=pooled)
+            return encode(text or "")
+
+        conds = [encode(prompt) for prompt in prompts]
+        if not guided:
+            return [(cond, None) for cond in conds]
+        return [(c, encode_negative(n, c)) for c, n in zip(conds, negatives, strict=True)]
+
+    def _encode_one(self, text: str) -> Conditioning:
+        states, pooled = [], None
+        for encoder, tokenizer in self._tokenizers.items():
+            engine = self.engines.get(encoder)
+            tokens = tokenizer(text)
+            if tokens.dropped and not states:
+                logger.warning("%s", tokens.warning)
+            engine.inputs["tokens"][0] = tokens.ids
+            engine.enqueue()
+            _check_finite(engine.outputs["states"], encoder)
+            states.append(engine.outputs["states"][0].copy())
+            if "pooled" in engine.outputs:
+                pooled = engine.outputs["pooled"][0].copy()
+        return Conditioning(states=np.concatenate(states, axis=-1), pooled=pooled)
+
+    def _batches(self, rows: Sequence[Row], size: tuple[int, int]) -> Iterator[tuple[Session, Sequence[Row]]]:
+        profiles = {profile.batch_size: profile for profile in self._profiles_of(size)}
+        start = 0
+        for batch_size in split_batch(len(rows), profiles):
+            if self._interrupt:
+                return
+            yield self._session(profiles[batch_size]), rows[start : start + batch_size]
+            start += batch_size
+
+    def _session(self, profile: ShapeProfile) -> Session:
+        if profile not in self._sessions:
+            self._sessions[profile] = Session(self.engines, self.bundle.manifest.model, profile)
+        return self._sessions[profile]
+
+    def _profiles_of(self, size: tuple[int, int]) -> list[ShapeProfile]:
+        return [profile for profile in self._profiles if (profile.height, profile.width) == size]
+
+    def _on_step(self, callback: Callback | None) -> OnStep:
+        def on_step(step: int, rows: Sequence[Trajectory]) -> bool:
+            if callback is not None:
+                latents = np.stack([row.latents for row in rows])
+                timestep = float(rows[0].schedule.timesteps[step])
+                result = callback(self, step, timestep, {"latents": latents})
+                for row, replaced in zip(rows, (result or {}).get("latents", latents), strict=True):
+                    row.latents[...] = replaced
+            return not self._interrupt
+
+        return on_step
+
+    def _finish(self, latents: NDArray[np.float32], size: tuple[int, int], output_type: OutputType) -> Any:
+        if output_type == "latent":
+            return latents.copy()
+        decoder = self.engines.get(Component.VAE_DECODER, ShapeProfile(*size))
+        np.copyto(decoder.inputs["latents"][0], latents)
+        decoder.enqueue()
+        image = decoder.outputs["image"][0]
+        _check_finite(image, Component.VAE_DECODER)
+        if output_type == "np":
+            return np.clip(image / 2 + 0.5, 0, 1)
+        return to_pil(postprocess(image))
+
+    def _given_latents(
+        self, latents: NDArray[np.float32] | None, count: int, size: tuple[int, int]
+    ) -> NDArray[np.float32] | None:
+        if latents is None:
+            return None
+        spec = self.bundle.manifest.model
+        expected = (count, spec.latent_channels, size[0] // spec.vae_scale_factor, size[1] // spec.vae_scale_factor)
+        given = np.asarray(latents, np.float32)
+        if given.shape != expected:
+            raise ConfigError(f"latents are {given.shape}; this call needs {expected}: pictures, channels, rows, columns")
+        return given
+
+
+class _Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - started
+
+
+def _unknown_argument(name: str) -> ArgumentError:
+    valid = [*Pipeline.__call__.__annotations__]
+    valid = [argument for argument in valid if argument not in ("unknown", "return")]
+    hint = f" (did you mean {_ALIASES[name]!r}?)" if name in _ALIASES else nearest(name, valid)
+    return ArgumentError(f"unknown argument {name!r}{hint}; valid: {', '.join(valid)}")
+
+
+def _prompts(prompt: object) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ConfigError(f"prompt is {prompt!r}; give a string or a non-empty list of strings")
+    return prompts
+
+
+def _negative_prompts(negative: str | Sequence[str] | None, count: int) -> list[str | None]:
+    if negative is None or isinstance(negative, str):
+        return [negative] * count
+    if len(negative) != count:
+        raise ConfigError(f"{len(negative)} negative prompts for {count} prompts; give one for all or one for each")
+    return list(negative)
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"num_images_per_prompt is {value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Image i has seed + i, so that it does not depend on how many are drawn with it."""
+    if seed is None:
+        seed = secrets.randbits(32)
+    if isinstance(seed, int):
+        return [seed + index for index in range(count)]
+    if len(seed) != count:
+        raise ConfigError(f"{len(seed)} seeds for {count} pictures; give one for each, or the first one only")
+    return [int(value) for value in seed]
+
+
+def _check_finite(output: NDArray[Any], component: Component) -> None:
+    if not np.isfinite(output).all():
+        raise NumericsError(
+            f"{component.value} gave NaN or Inf; build with --dtype fp32 or --bf16, or check the weights with rt verify"
+        )

@@ -1,0 +1,121 @@
+"""One profile of a bundle on one device: fixed buffers, and the sampling loop over rows that step on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rt.backends import Engine
+from rt.engines import Engines
+from rt.model import Component, ModelSpec
+from rt.noise import Generator
+from rt.samplers import Schedule
+from rt.shapes import ShapeProfile
+from rt.trajectory import Trajectory
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conditioning:
+    """What the text encoders made of one prompt: states (T, D), and pooled (P,) for SDXL."""
+
+    states: Float32
+    pooled: Float32 | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """One picture to draw, with everything that is its own.
+
+    Attributes:
+        schedule: Its sampler and steps.
+        noise: Its stream of noise.
+        cond: The prompt.
+        uncond: The negative prompt, None without guidance; all rows of a run agree on having one.
+        guidance_scale: See `Trajectory.start`.
+        guidance_rescale: See `Trajectory.start`.
+        latents: Unit noise (C, h, w) to begin with instead of drawing it.
+    """
+
+    schedule: Schedule
+    noise: Generator
+    cond: Conditioning
+    uncond: Conditioning | None
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+    latents: Float32 | None = None
+
+
+OnStep = Callable[[int, Sequence[Trajectory]], bool]
+"""Called after each step with its index and the rows; returns whether to go on."""
+
+
+class Session:
+    """The loop at one shape. Owned by one thread; results are valid until the next `denoise`."""
+
+    def __init__(self, engines: Engines, spec: ModelSpec, profile: ShapeProfile) -> None:
+        scale = spec.vae_scale_factor
+        self.profile = profile
+        self._engines = engines
+        shape = (spec.latent_channels, profile.height // scale, profile.width // scale)
+        self._trajectories = [Trajectory(shape) for _ in range(profile.batch_size)]
+
+    def denoise(self, rows: Sequence[Row], on_step: OnStep | None = None) -> list[Float32]:
+        """Run every row through its own schedule; they share each call of the U-Net that they overlap in.
+
+        Args:
+            rows: At most `profile.batch_size`; a row does not depend on its neighbours.
+            on_step: See `OnStep`.
+
+        Returns:
+            The latents of each row (C, h, w), as views.
+
+        Raises:
+            NumericsError: When the U-Net gives NaN or Inf.
+        """
+        unet = self._engines.get(Component.UNET, self.profile, guided=rows[0].uncond is not None)
+        trajectories = self._trajectories[: len(rows)]
+        for trajectory, row in zip(trajectories, rows, strict=True):
+            trajectory.start(
+                row.schedule,
+                noise=row.noise,
+                guidance_scale=row.guidance_scale,
+                guidance_rescale=row.guidance_rescale,
+                latents=row.latents,
+            )
+        self._condition(unet, rows)
+        self._loop(unet, trajectories, on_step)
+        return [trajectory.latents for trajectory in trajectories]
+
+    def _loop(self, unet: Engine, trajectories: Sequence[Trajectory], on_step: OnStep | None) -> None:
+        latents, timestep = unet.inputs["latents"], unet.inputs["timestep"]
+        # (1, B, C, h, w) without guidance, (2, B, C, h, w) with: unconditional rows first.
+        prediction = unet.outputs["prediction"].reshape(-1, *latents.shape)
+        cond, uncond = prediction[-1], prediction[0] if len(prediction) == 2 else None
+        steps = max(len(trajectory.schedule) for trajectory in trajectories)
+        for step in range(steps):
+            running = [(row, t) for row, t in enumerate(trajectories) if not t.done]
+            for row, trajectory in running:
+                trajectory.feed(latents, timestep, row)
+            unet.enqueue()
+            for row, trajectory in running:
+                trajectory.guide_and_step(cond[row], None if uncond is None else uncond[row])
+            if on_step is not None and not on_step(step, trajectories):
+                break
+
+    def _condition(self, unet: Engine, rows: Sequence[Row]) -> None:
+        """Write what stays the same for the whole loop; rows without a picture repeat the last one's."""
+        padded = [*rows, *[rows[-1]] * (self.profile.batch_size - len(rows))]
+        conditionings = [row.uncond for row in padded if row.uncond is not None] + [row.cond for row in padded]
+        for index, conditioning in enumerate(conditionings):
+            unet.inputs["context"][index] = conditioning.states
+            if conditioning.pooled is not None:
+                size = (self.profile.height, self.profile.width)
+                unet.inputs["pooled"][index] = conditioning.pooled
+                unet.inputs["sizes"][index] = (*size, 0, 0, *size)
+        unet.inputs["latents"].fill(0.0)
+        unet.inputs["timestep"].fill(0.0)

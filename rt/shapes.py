@@ -1,0 +1,90 @@
+"""Static shapes: what an engine is built for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rt.errors import ShapeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """An input or output of an engine: its name, its shape and its numpy dtype name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TensorSpec:
+        """From the manifest."""
+        return cls(name=data["name"], shape=tuple(data["shape"]), dtype=data["dtype"])
+
+
+@dataclass(frozen=True, order=True)
+class ShapeProfile:
+    """Sizes of one build: pictures at once, and their height and width in pixels."""
+
+    height: int
+    width: int
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ShapeError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+    def __str__(self) -> str:
+        return f"{self.batch_size} x {self.height} x {self.width}"
+
+    def check_multiple(self, factor: int) -> ShapeProfile:
+        """Itself, when both sides are multiples of the autoencoder's factor.
+
+        Raises:
+            ShapeError: With the nearest sizes that would do.
+        """
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value % factor:
+                below = max(value // factor * factor, factor)
+                raise ShapeError(
+                    f"{name} {value} is not a multiple of {factor}, the scale of this model's autoencoder; "
+                    f"use {below} or {value // factor * factor + factor}"
+                )
+        return self
+
+
+def choose_size(profiles: Iterable[ShapeProfile], height: int | None, width: int | None) -> tuple[int, int]:
+    """The built size that matches; a side left out matches any, the first size built wins.
+
+    Raises:
+        ShapeError: When no profile has that size, with those that are there.
+    """
+    sizes = list(dict.fromkeys((p.height, p.width) for p in profiles))
+    for built in sizes:
+        if height in (None, built[0]) and width in (None, built[1]):
+            return built
+    asked = f"{height if height is not None else 'any'} x {width if width is not None else 'any'}"
+    listed = ", ".join(f"{h} x {w}" for h, w in sizes)
+    raise ShapeError(
+        f"size {asked} (height x width) is not in this bundle, which was built for {listed}; "
+        f"use one of these or rebuild with --height and --width"
+    )
+
+
+def split_batch(count: int, batch_sizes: Iterable[int]) -> list[int]:
+    """Batch sizes that cover `count` pictures: as many large full ones as fit, then the smallest for the rest.
+
+    >>> split_batch(7, [1, 4])
+    [4, 1, 1, 1]
+    >>> split_batch(3, [2, 4])
+    [2, 2]
+    """
+    sizes = sorted(set(batch_sizes), reverse=True)
+    batches = []
+    while count > 0:
+        batches.append(next((size for size in sizes if size <= count), sizes[-1]))
+        count -= batches[-1]
+    return batches

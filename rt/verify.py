@@ -1,0 +1,71 @@
+"""Whether an engine still gives the numbers that torch gave at the build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rt.backends import Array, Backend, Engine, cpu_count
+from rt.bundle import Bundle, EngineRecord
+from rt.config import DType
+from rt.errors import AccuracyError, IntegrityError, NumericsError
+
+# Relative L2 distance from torch in fp32 that tells a wrong graph from rounding. Measured on real and
+# random weights: 1e-6 for fp32, 4e-3 for fp16, 2e-2 for bf16; a graph with one wrong op is off by 0.1 or more.
+TOLERANCE = {DType.FP32: 1e-4, DType.FP16: 2e-2, DType.BF16: 8e-2}
+
+
+def save_reference(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, NDArray[np.float32]]) -> None:
+    """Keep the inputs of a program and torch's outputs beside the engine."""
+    arrays = {f"input.{name}": value for name, value in inputs.items()}
+    arrays |= {f"output.{name}": value for name, value in outputs.items()}
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for its own option
+
+
+def compare(engine: Engine, reference: Path, *, name: str, dtype: DType) -> dict[str, float]:
+    """Relative L2 distance of each output of `engine` from the reference.
+
+    Raises:
+        NumericsError: When an output is not finite.
+        AccuracyError: When one is farther off than `TOLERANCE`.
+    """
+    try:
+        arrays = dict(np.load(reference, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{reference} cannot be read: {error}") from None
+    for buffer in engine.outputs.values():
+        buffer.fill(np.nan)  # an output that the engine leaves alone must not pass
+    for key, value in arrays.items():
+        if key.startswith("input."):
+            np.copyto(engine.inputs[key.removeprefix("input.")], value)
+    engine.enqueue()
+    errors = {}
+    for output, got in engine.outputs.items():
+        expected = arrays[f"output.{output}"]
+        if not np.isfinite(got).all():
+            raise NumericsError(f"{name}: output {output!r} has NaN or Inf in {dtype.value}; build with --dtype fp32")
+        errors[output] = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+        if errors[output] > TOLERANCE[dtype]:
+            raise AccuracyError(
+                f"{name}: output {output!r} is {errors[output]:.1e} away from torch (relative L2), "
+                f"more than {TOLERANCE[dtype]:.0e} for {dtype.value}; build with --dtype fp32 or another --backend"
+            )
+    return errors
+
+
+def verify(bundle: Bundle, backend: Backend) -> Iterator[tuple[EngineRecord, dict[str, float]]]:
+    """Hash every file, then run every engine against its reference; yields each engine with its errors.
+
+    Raises:
+        IntegrityError, NumericsError, AccuracyError: With the file or the engine that is wrong.
+    """
+    bundle.verify()
+    dtype = bundle.manifest.config.dtype
+    for record in bundle.manifest.engines:
+        engine = backend.load(
+            bundle.path / record.file, record.inputs, record.outputs, dtype=dtype, threads=cpu_count()
+        )
+        yield record, compare(engine, bundle.path / record.reference, name=record.name, dtype=dtype)

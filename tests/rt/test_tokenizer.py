@@ -1,0 +1,237 @@
+import json
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+from rt.errors import BundleError, CheckpointError, ConfigError
+from rt.tokenizer import MAX_CHARACTERS, Tokenizer, from_folder
+
+FOLDER = Path(__file__).parents[2] / "examples" / "emoji-ldm" / "tokenizer"
+START, END = 2310, 2311
+MAX_LENGTH = 16
+
+PIECES = [
+    *("red", "Happy", "face", "don't", "THEY'LL", "we've", "'S", "''", "1234", "½", "Ⅷ", "٣", "(best:1.3)"),
+    *("!", "!!", ".", "...", "“q”", "&amp;", "$A", ":", "<|", "|>", "<cat-toy>", "<Dog>", "<dog>"),
+    *("<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|STARTOFTEXT|>"),
+    *("é", "e\u0301", "ß", "İ", "Å", "\ufb01", "ſ", "ΑΣ", "漢字", "😀", "👩\u200d👩\u200d👧"),
+    *("  ", "\r\n", *" \t\n\r\0\a\x1b\x7f\x85\xa0\u2028\u200d\u3000\ufeff\U0010ffff"),
+]
+
+
+def random_text(rng: random.Random) -> str:
+    code_points = [*range(0x20, 0x250), *(rng.randrange(0xE000, 0x110000) for _ in range(100))]
+    kinds = [
+        lambda n: "".join(rng.choices(PIECES, k=n)),
+        lambda n: " ".join(rng.choices(PIECES, k=3 * n)),
+        lambda n: "".join(map(chr, rng.choices(code_points, k=2 * n))),
+        lambda n: "".join(chr(rng.randrange(0xD800)) for _ in range(n)),
+    ]
+    return rng.choice(kinds)(rng.randrange(16))
+
+
+def write_folder(folder: Path, **files: object) -> Path:
+    """The example's vocabulary with other configs."""
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*config.json", "*map.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def token(content: str, normalized: bool) -> dict[str, object]:
+    how = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": normalized}
+    return {"content": content, **how}
+
+
+GOLDEN = {
+    "": [],
+    "grinning face": [882, 537],
+    "A  RED\theart, 100%!": [320, 589, 588, 267, 272, 271, 271, 4, 256],
+    "don't": [67, 515, 6, 339],
+    "😀 é漢": [172, 253, 246, 478, 127, 102, 162, 120, 351],
+    "<|endoftext|>red": [END, 589],
+}
+
+START_TOKEN, END_TOKEN = token("<|startoftext|>", True), token("<|endoftext|>", True)
+STRINGS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+DICTS = {"bos_token": START_TOKEN, "eos_token": END_TOKEN, "unk_token": END_TOKEN}
+DECODER = {str(START): START_TOKEN, str(END): END_TOKEN}
+
+LAYOUTS = {
+    "bare": {},
+    "strings": {"special_tokens_map": {**STRINGS, "pad_token": "<|endoftext|>"}},
+    "sd1": {"special_tokens_map": {**DICTS, "pad_token": "<|endoftext|>"}},
+    "config only": {"tokenizer_config": {**STRINGS, "pad_token": "!"}},
+    "sd2: the map beats the config": {
+        "special_tokens_map": {**DICTS, "pad_token": "!"},
+        "tokenizer_config": {"pad_token": "<|endoftext|>"},
+    },
+    "sdxl: the decoder beats the map": {
+        "special_tokens_map": {**DICTS, "pad_token": "<|endoftext|>"},
+        "tokenizer_config": {
+            **STRINGS,
+            "pad_token": "!",
+            "added_tokens_decoder": {"0": token("!", False), **DECODER},
+        },
+    },
+    "textual inversion": {
+        "special_tokens_map": {**DICTS, "pad_token": "<|endoftext|>"},
+        "added_tokens": {"<cat-toy>": END + 1, "<Dog>": END + 2, "<|endoftext|>": END},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return from_folder(FOLDER, MAX_LENGTH)
+
+
+def check_against_transformers(folder: Path, texts: list[str]) -> None:
+    ours, theirs = from_folder(folder, MAX_LENGTH), CLIPTokenizer.from_pretrained(folder)
+    for text in texts:
+        whole = theirs(text, return_offsets_mapping=True)
+        padded = theirs(text, padding="max_length", truncation=True, max_length=MAX_LENGTH)
+        tokens = ours(text)
+        assert tokens.ids.tolist() == padded["input_ids"], repr(text)
+        assert tokens.count == len(whole["input_ids"]), repr(text)
+        fits = tokens.count <= MAX_LENGTH
+        dropped = "" if fits else text[whole["offset_mapping"][MAX_LENGTH - 1][0] :]
+        assert tokens.dropped == dropped, repr(text)
+
+
+def test_parity_with_transformers():
+    rng = random.Random()
+    check_against_transformers(FOLDER, ["", *PIECES, *(random_text(rng) for _ in range(2000))])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parity_for_every_layout_of_the_configs(layout, tmp_path):
+    folder = write_folder(tmp_path / "tokenizer", **LAYOUTS[layout])
+    rng = random.Random()
+    check_against_transformers(folder, [*PIECES, *(random_text(rng) for _ in range(300))])
+
+
+def test_parity_for_tokenizer_json_alone(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    rng = random.Random()
+    check_against_transformers(tmp_path, [*PIECES, *(random_text(rng) for _ in range(300))])
+
+
+def test_golden(tokenizer):
+    for text, ids in GOLDEN.items():
+        assert tokenizer(text).ids.tolist() == [START, *ids] + [END] * (MAX_LENGTH - 1 - len(ids))
+
+
+def test_padding_comes_from_the_folder(tmp_path):
+    folder = write_folder(tmp_path / "sd2", special_tokens_map={**DICTS, "pad_token": "!"})
+    assert from_folder(folder, MAX_LENGTH)("").ids.tolist() == [START, END] + [0] * (MAX_LENGTH - 2)
+
+
+def test_ids_are_int64_of_max_length(tokenizer):
+    for text in ("", "red", "red " * 100):
+        assert tokenizer(text).ids.dtype == np.int64
+        assert tokenizer(text).ids.shape == (MAX_LENGTH,)
+
+
+def test_warning_names_what_was_dropped(tokenizer):
+    assert tokenizer("red face").warning == ""
+    tokens = tokenizer("1 2 3 4 5 6 7 8 9 0 1 2 3 4 Red  Éclair")
+    assert tokens.dropped == "Red  Éclair"
+    assert tokens.warning == (
+        f"the prompt has {tokens.count} tokens; this model reads 16; dropped: Red  Éclair"
+    )
+
+
+def test_what_is_cut_before_tokenizing_is_dropped(tokenizer):
+    spaces = " " * MAX_CHARACTERS
+    assert tokenizer(spaces).dropped == ""
+    assert tokenizer(spaces + "red").dropped == "red"
+    digits = "1" * 10 * MAX_CHARACTERS
+    tokens = tokenizer(digits)
+    assert tokens.count == MAX_CHARACTERS + 2
+    assert tokens.dropped == digits[MAX_LENGTH - 2 :]
+
+
+def test_save_and_open(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    opened = Tokenizer.open(path)
+    rng = random.Random()
+    for text in (random_text(rng) for _ in range(200)):
+        np.testing.assert_array_equal(opened(text).ids, tokenizer(text).ids)
+        assert opened(text).dropped == tokenizer(text).dropped
+    opened.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+def test_threads_share_one(tokenizer):
+    rng = random.Random()
+    texts = [random_text(rng) for _ in range(2000)]
+    expected = [tokenizer(text).ids.tolist() for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        assert [tokens.ids.tolist() for tokens in pool.map(tokenizer, texts)] == expected
+
+
+@pytest.mark.parametrize("text", ["\udcff", None, b"red"])
+def test_prompt_that_is_no_text(tokenizer, text):
+    with pytest.raises(ConfigError, match="not a string of valid Unicode"):
+        tokenizer(text)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff", b"{}", b'{"version": "1.0"}'])
+def test_open_refuses_what_is_no_tokenizer(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"tokenizer\.json.*build the bundle again"):
+        Tokenizer.open(path)
+
+
+def test_open_refuses_a_tokenizer_without_length(tmp_path, tokenizer):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": None}))
+    with pytest.raises(BundleError, match="without truncation and padding"):
+        Tokenizer.open(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", None, r"vocab\.json is missing"),
+        ("merges.txt", None, r"merges\.txt is missing"),
+        ("vocab.json", b"{", r"vocab\.json is not JSON"),
+        ("vocab.json", b"[]", r"vocab\.json holds a list"),
+        ("vocab.json", b"\xff", r"cannot read .*vocab\.json"),
+        ("vocab.json", b'{"<|startoftext|>": 0}', r"'<\|endoftext\|>' is not in the vocabulary"),
+        ("vocab.json", b'{"<|startoftext|>": "a", "<|endoftext|>": 1}', "do not fit together"),
+        ("merges.txt", b"#version: 0.2\nq q q\n", "do not fit together"),
+        ("merges.txt", b"zzz yyy\n", "do not fit together"),
+        ("tokenizer.json", b"{}", r"not a CLIP tokenizer: KeyError 'model'"),
+        ("tokenizer_config.json", b'{"pad_token": 3}', "not a CLIP tokenizer: TypeError"),
+        ("special_tokens_map.json", b'{"pad_token": "<pad>"}', "'<pad>' is not in the vocabulary"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"x": "!"}}',
+            "not a CLIP tokenizer: ValueError",
+        ),
+    ],
+)
+def test_folder_with_a_bad_file(tmp_path, name, content, message):
+    folder = write_folder(tmp_path / "tokenizer")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        from_folder(folder, MAX_LENGTH)
+
+
+def test_no_room_for_a_word():
+    with pytest.raises(ConfigError, match="at least 3"):
+        from_folder(FOLDER, 2)
