@@ -27,6 +27,7 @@ SCHEDULERS: Mapping[Family, Config] = {
         "_class_name": "PNDMScheduler",
         **_NOISE,
         "prediction_type": "epsilon",
+        "clip_sample": False,
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
     },

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import platform
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rt.backends import Backend, choose, cpu_count
 from rt.bundle import MANIFEST, SCHEMA, Bundle, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
@@ -25,6 +31,8 @@ from rt.model import Component
 from rt.progress import Bar, progress
 from rt.shapes import ShapeProfile, TensorSpec
 from rt.verify import compare, save_reference
+
+logger = logging.getLogger(__name__)
 
 _VERSIONED = (
     "rt-diffusion",
@@ -73,8 +81,8 @@ def build(
         for encoder in spec.text_encoders:
             checkpoint.tokenizer(encoder).save(stage / "tokenizer" / f"{encoder.value}.json")
         _copy_licence(checkpoint, stage)
-        bar.describe("hash")
-        source = _source(checkpoint)
+        with _step(bar, "hash the source"):
+            source = _source(checkpoint)
         manifest = Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             fingerprint=fingerprint(
@@ -118,31 +126,53 @@ def default_profiles(
 
 def _compile(
     component: Component, checkpoint: Checkpoint, config: BuildConfig, backend: Backend, stage: Path, bar: Bar
-) -> Iterable[EngineRecord]:
-    bar.describe(f"{component.value}: load")
-    module = checkpoint.load(component)
+) -> list[EngineRecord]:
+    """All programs of a component, first lowered, then verified: torch's weights are gone when engines load."""
+    with _step(bar, f"{component.value}: load"):
+        module = checkpoint.load(component)
+    lowered = list(_lower_all(module, component, checkpoint, config, stage, bar))
+    del module
+    gc.collect()
+    engines = []
+    for record in lowered:
+        with _step(bar, f"{record.name}: verify"):
+            engine = backend.load(
+                stage / record.file, record.inputs, record.outputs, dtype=config.dtype, threads=cpu_count()
+            )
+            error = compare(engine, stage / record.reference, name=record.name, dtype=config.dtype)
+            del engine
+        engines.append(
+            replace(record, error=error, verified_with=f"{backend.name} {backend.arithmetic(config.dtype)}")
+        )
+    bar.advance()
+    return engines
+
+
+def _lower_all(
+    module: nn.Module,
+    component: Component,
+    checkpoint: Checkpoint,
+    config: BuildConfig,
+    stage: Path,
+    bar: Bar,
+) -> Iterator[EngineRecord]:
+    """Graphs, weights and references on disk; what is not measured yet is empty in the records."""
     weights = f"engines/{component.value}.weights"
     with WeightFile(stage / weights) as store:
         for program in trace(component, module, checkpoint.spec, config.profiles):
-            bar.describe(f"{program.name}: run in torch")
-            seen = observe(program)
-            reference = f"reference/{program.name}.npz"
-            save_reference(stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs)
-            in_format, islands = (
-                (program.module, ())
-                if config.dtype is DType.FP32
-                else cast(program.module, config.dtype, seen)
-            )
-            bar.describe(f"{program.name}: lower")
-            file = f"engines/{program.name}.onnx"
-            lower(program, in_format, store, stage / file)
-            del in_format
-            bar.describe(f"{program.name}: verify")
-            inputs, outputs = (
-                _input_specs(program),
-                tuple(TensorSpec(name=name, shape=value.shape) for name, value in seen.outputs.items()),
-            )
-            engine = backend.load(stage / file, inputs, outputs, dtype=config.dtype, threads=cpu_count())
+            file, reference = f"engines/{program.name}.onnx", f"reference/{program.name}.npz"
+            with _step(bar, f"{program.name}: run in torch"):
+                seen = observe(program)
+                save_reference(
+                    stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs
+                )
+            with _step(bar, f"{program.name}: lower"):
+                computing, islands = (
+                    (program.module, ())
+                    if config.dtype is DType.FP32
+                    else cast(program.module, config.dtype, seen)
+                )
+                lower(program, computing, store, stage / file)
             yield EngineRecord(
                 name=program.name,
                 component=component,
@@ -151,13 +181,23 @@ def _compile(
                 file=file,
                 weights=weights,
                 reference=reference,
-                inputs=inputs,
-                outputs=outputs,
-                error=compare(engine, stage / reference, name=program.name, dtype=config.dtype),
-                verified_with=f"{backend.name} {backend.arithmetic(config.dtype)}",
+                inputs=_input_specs(program),
+                outputs=tuple(
+                    TensorSpec(name=name, shape=value.shape) for name, value in seen.outputs.items()
+                ),
+                error={},
+                verified_with="",
                 islands=islands,
             )
-    bar.advance()
+
+
+@contextmanager
+def _step(bar: Bar, label: str) -> Iterator[None]:
+    """Show what is being done, and log how long it took."""
+    bar.describe(label)
+    started = time.perf_counter()
+    yield
+    logger.info("%s took %.1f s", label, time.perf_counter() - started)
 
 
 def _input_specs(program: Program) -> tuple[TensorSpec, ...]:

@@ -30,6 +30,9 @@ _PIPELINES = {
 }
 _READS = "rt reads text-to-image Stable Diffusion 1.x, 2.x and XL: use such a checkpoint"
 
+# What transformers takes where the config of a text encoder is silent.
+_CLIP_DEFAULTS = {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77}
+
 # Inputs of the U-Net that text-to-image has no value for, by the key of its config.
 _OTHER_CONDITIONING = {
     "class_embed_type": "class embeddings",
@@ -49,7 +52,7 @@ def components(configs: Mapping[str, Mapping[str, Any]], where: str) -> tuple[Co
     """
     index = configs["model_index"]
     pipeline = index.get("_class_name")
-    if pipeline not in _PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in _PIPELINES:
         raise CheckpointError(f"{where} is a {pipeline or 'model of no named class'}; {_READS}")
     if pipeline.startswith("StableDiffusionXL") and _class_name(index, "text_encoder") is None:
         raise CheckpointError(
@@ -74,19 +77,19 @@ def read_spec(configs: Mapping[str, Mapping[str, Any]], where: str) -> ModelSpec
     """
     encoders = components(configs, where)[:-2]
     unet, vae = configs["unet"], configs["vae"]
-    text = [configs[FOLDERS[encoder]] for encoder in encoders]
+    text = [{**_CLIP_DEFAULTS, **configs[FOLDERS[encoder]]} for encoder in encoders]
     try:
         _refuse_other_conditioning(unet, vae, len(encoders), where)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         spec = ModelSpec(
             family=_family(unet, encoders),
-            latent_channels=vae["latent_channels"],
+            latent_channels=_integer(vae["latent_channels"]),
             vae_scale_factor=factor,
-            sample_size=unet.get("sample_size") or vae["sample_size"] // factor,
+            sample_size=_integer(unet.get("sample_size") or vae["sample_size"] // factor),
             scaling_factor=vae.get("scaling_factor", 0.18215),
             text_encoders=encoders,
-            max_tokens=text[0].get("max_position_embeddings", 77),
-            context_size=unet["cross_attention_dim"],
+            max_tokens=text[0]["max_position_embeddings"],
+            context_size=_integer(unet["cross_attention_dim"]),
             pooled_size=text[1]["projection_dim"] if len(text) > 1 else None,
             zero_negative=len(text) > 1 and configs["model_index"].get("force_zeros_for_empty_prompt", True),
             scheduler=configs["scheduler"],
@@ -106,6 +109,12 @@ def _class_name(index: Mapping[str, Any], folder: str) -> str | None:
     """The class of an entry of `model_index.json`, which is `[library, class]` or `[null, null]`."""
     entry = index.get(folder)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is no integer")
+    return value
 
 
 def _family(unet: Mapping[str, Any], encoders: tuple[Component, ...]) -> Family:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from rt.errors import CheckpointError
 from rt.export.facts import FOLDERS, components
 from rt.export.folder import TOKENIZERS, Folder, open_folder, refuse_code, weight_files
-from rt.export.weights import read_json
+from rt.export.weights import one_line, read_json
 
 _FACTS = (
     "model_index.json",
@@ -90,8 +90,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
             f"is not in the hub's cache {constants.HF_HUB_CACHE}, or not whole: run once without --offline"
         )
     except Exception as error:  # Whatever the network, a proxy or the disk does.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        problem = f"cannot be had from the hub ({reason}); --offline uses the cache alone"
+        problem = f"cannot be had from the hub ({one_line(error)}); --offline uses the cache alone"
     else:
         return
     raise CheckpointError(f"{repo} {problem}")

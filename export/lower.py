@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +45,8 @@ class WeightFile:
 
     def add(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
         """Write `tensor` unless its bytes are there already, and return it as a reference into the file."""
-        data = memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+        array = tensor.numpy()
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest not in self._offsets:
             self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
@@ -54,8 +57,8 @@ class WeightFile:
             offset=self._offsets[digest],
             length=len(data),
             dtype=tensor.dtype,
-            shape=ir.Shape(tensor.shape),
-            name=tensor.name,
+            shape=ir.Shape(array.shape),
+            name=tensor.name or "",
             base_dir=self.path.parent,
         )
 
@@ -95,18 +98,17 @@ def _anonymise(model: ir.Model) -> None:
                 value.metadata_props.clear()
 
 
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """The exporter warns of its own internals and of torchvision, which nobody here needs."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self._loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
+        for logger in loggers:
             logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *exc: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)
-        super().__exit__(*exc)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -23,7 +23,7 @@ class Observation:
 
     Attributes:
         outputs: Name to value.
-        magnitudes: Largest absolute value that each node gave, by node name.
+        magnitudes: Largest absolute value of each node, inputs and weights included, by node name.
         logits: For each attention node, a bound on its scaled products of query and key: the
             product of the largest norms (Cauchy-Schwarz).
     """
@@ -63,7 +63,7 @@ class _Recorder(fx.Interpreter):
             scale = kwargs.get("scale") or query.shape[-1] ** -0.5
             self.logits[n.name] = _largest(query.norm(dim=-1)) * _largest(key.norm(dim=-1)) * scale
         result = super().run_node(n)
-        if isinstance(result, Tensor) and result.is_floating_point() and n.op == "call_function":
+        if isinstance(result, Tensor) and result.is_floating_point():
             self.magnitudes[n.name] = _largest(result)
         return result
 

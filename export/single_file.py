@@ -54,6 +54,7 @@ _READS = (
 # Side of the latents in training. SD 2 has a 512- and a 768-pixel model, told apart by the prediction type.
 _SAMPLE_SIZES = {Family.SD1: 64, Family.SD2: 64, Family.SDXL: 128}
 _SAMPLE_SIZE_SD2_V = 96
+_SAYS_V = re.compile(r"""^\s*parameterization:\s*["']?v["']?\s*$""", re.MULTILINE)
 _SCALING_FACTORS = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025}
 
 
@@ -101,13 +102,14 @@ class SingleFile:
             if component is Component.UNET:
                 converted = _convert_unet(_part(tensors, _UNET), config)
             elif component is Component.VAE_DECODER:
-                converted = convert_ldm_vae_checkpoint(_part(tensors, _VAE), config)
+                part = _part(tensors, _VAE)
+                converted = convert_ldm_vae_checkpoint(part, config)
             elif component is Component.TEXT_ENCODER and self.family in _CLIP:
-                converted = convert_ldm_clip_checkpoint(_part(tensors, _CLIP[self.family]))
+                part = _part(tensors, _CLIP[self.family])
+                converted = convert_ldm_clip_checkpoint(part)
             else:
-                converted = _convert_open_clip(
-                    _part(tensors, _OPEN_CLIP[self.family]), _OPEN_CLIP[self.family], config
-                )
+                prefix = _OPEN_CLIP[self.family]
+                converted = _convert_open_clip(_part(tensors, prefix), prefix, config)
         except KeyError as error:
             raise _incomplete(self.path, error) from None
         return {name: tensor for name, tensor in converted.items() if tensor is not None}
@@ -167,11 +169,7 @@ def _prediction_type(
     sidecar = path.with_suffix(".yaml")
     if sidecar.is_file():
         text = sidecar.read_text(encoding="utf-8", errors="replace")
-        return (
-            "v_prediction"
-            if re.search(r"""^\s*parameterization:\s*["']?v["']?\s*$""", text, re.M)
-            else "epsilon"
-        )
+        return "v_prediction" if _SAYS_V.search(text) else "epsilon"
     if said := metadata.get("modelspec.prediction_type"):
         return "v_prediction" if said.startswith("v") else "epsilon"
     if "v_pred" in tensors:
@@ -203,11 +201,11 @@ def _vocabulary(tokenizer: str, offline: bool) -> Path:
 
 
 def _convert_unet(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    converted = convert_ldm_unet_checkpoint(tensors, config)
+    converted: dict[str, Tensor] = convert_ldm_unet_checkpoint(tensors, config)
     known = {id(tensor) for tensor in converted.values()}
     if dropped := [name for name, tensor in tensors.items() if id(tensor) not in known]:
         raise CheckpointError(f"{dropped[0]} is not part of a U-Net that rt knows; {_READS}")
-    return converted  # type: ignore[no-any-return]
+    return converted
 
 
 def _convert_open_clip(
@@ -218,7 +216,8 @@ def _convert_open_clip(
     if prefix == _OPEN_CLIP[Family.SD2]:
         tensors.pop(f"{prefix}text_projection", None)
     encoder = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-    return convert_open_clip_checkpoint(encoder, tensors, prefix)  # type: ignore[no-any-return]
+    converted: dict[str, Tensor] = convert_open_clip_checkpoint(encoder, tensors, prefix)
+    return converted
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -299,9 +298,8 @@ def _open_clip_config(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str
     layers = _count(tensors, f"{prefix}transformer.resblocks.")
     projection = tensors.get(f"{prefix}text_projection")
     if projection is not None and prefix == _OPEN_CLIP[Family.SD2]:
-        layers -= (
-            1  # SD 2 was trained on the last but one; a file made from diffusers' weights has lost both.
-        )
+        # SD 2 was trained on the last but one layer; a file made from diffusers' weights has lost both.
+        layers -= 1
     size = width if projection is None else projection.shape[1]
     return clip(width, layers, width // 64, act="gelu", vocab=vocab, tokens=tokens, projection=size)
 

@@ -7,12 +7,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
+from rt.bundle import FORMAT, MANIFEST
 from rt.errors import BuildError
-
-_LOCK = ".building"
 
 
 @contextmanager
@@ -26,49 +26,72 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
         BuildError: When the target exists, or the disk refuses.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not force:
-        raise BuildError(f"{target} exists; choose another -o or replace it with --force")
-    if target.exists() and not _replaceable(target):
-        raise BuildError(
-            f"{target} exists and is not a bundle; --force replaces bundles only, choose another -o"
-        )
     try:
+        _check_free(target, force=force)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
+        _clear_abandoned(target)
         stage = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         stage.chmod(0o755)
     except OSError as error:
         raise BuildError(f"cannot write next to {target}: {error.strerror}") from None
     try:
-        with (stage / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(stage):
             yield stage
-            (stage / _LOCK).unlink()
             _sync(stage)
-            _swap(stage, target)
+            _swap(stage, target, force=force)
     except OSError as error:
         raise BuildError(_explain(error, target)) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _replaceable(target: Path) -> bool:
-    return (target / "manifest.json").is_file() or (target.is_dir() and not any(target.iterdir()))
+def _check_free(target: Path, *, force: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise BuildError(f"{target} exists; choose another -o or replace it with --force")
+    # Other programs write a manifest.json, too; a damaged one of ours still says whose it is.
+    manifest = target / MANIFEST
+    is_bundle = manifest.is_file() and FORMAT.encode() in manifest.read_bytes()
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if target.is_symlink() or not (is_bundle or is_empty):
+        raise BuildError(
+            f"{target} exists and is not a bundle; --force replaces bundles only, choose another -o"
+        )
 
 
 def _prefix(target: Path) -> str:
     return f".{target.name}.building-"
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove siblings whose builder is gone: a living one holds its lock."""
-    for sibling in target.parent.glob(f"{_prefix(target)}*"):
-        try:
-            with (sibling / _LOCK).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(sibling, ignore_errors=True)
-        except OSError:
-            continue
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _clear_abandoned(target: Path) -> None:
+    """Remove siblings whose builder is gone, and give a target back that a killed `_swap` had moved aside."""
+    for sibling in target.parent.glob(f"{escape(_prefix(target))}*"):
+        with suppress(OSError), _locked(sibling):
+            shutil.rmtree(sibling, ignore_errors=True)
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a stage; the system releases it however the builder ends.
+
+    Raises:
+        BlockingIOError: When a living builder holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(directory: Path) -> None:
@@ -80,10 +103,11 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _swap(stage: Path, target: Path) -> None:
+def _swap(stage: Path, target: Path, *, force: bool) -> None:
     """Rename onto the target; what was there moves aside first, since a rename needs an empty place."""
+    _check_free(target, force=force)  # another build may have been faster
     if target.exists():
-        aside = stage.with_name(f"{stage.name}.old")
+        aside = _aside(target)
         target.rename(aside)
         try:
             stage.rename(target)

@@ -93,7 +93,7 @@ class VAEDecoder(nn.Module):
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, latents: Tensor) -> tuple[Tensor]:
         """See the class."""
@@ -172,7 +172,7 @@ def _unet_inputs(spec: ModelSpec, profile: ShapeProfile, guided: bool) -> dict[s
     if spec.pooled_size is not None:
         size = [profile.height, profile.width]
         inputs["pooled"] = _randn((rows, spec.pooled_size), generator)
-        inputs["sizes"] = torch.tensor([size + [0, 0] + size] * rows, dtype=torch.float32)
+        inputs["sizes"] = torch.tensor([[*size, 0, 0, *size]] * rows, dtype=torch.float32)
     return inputs
 
 

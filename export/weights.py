@@ -42,6 +42,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
+_DIFFUSERS = {Component.UNET: UNet2DConditionModel, Component.VAE_DECODER: AutoencoderKL}
+
 # Names that older libraries gave the same tensors, as (old, new) pieces. transformers dropped the prefix of
 # CLIPTextModel in 5.6; diffusers renamed the attention of the autoencoder in 0.17.
 _RENAMED = (
@@ -60,6 +62,11 @@ def pickle_error(path: Path | str) -> PickleError:
         f"{path} is a pickle, which can run any code when it is read; rt reads safetensors only: "
         "convert it on a machine you trust, e.g. diffusers' save_pretrained(..., safe_serialization=True)"
     )
+
+
+def one_line(error: Exception) -> str:
+    """The first line of another library's message, or the name of the error when it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,16 +117,10 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
             for name, entry in header.items()
         }
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        RuntimeError,
-        RecursionError,
-    ) as error:
-        raise CheckpointError(f"{path} has a bad safetensors header ({error}): download it again") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} has a bad safetensors header ({one_line(error)}): download it again"
+        ) from None
     if size < 8 + length + end:
         raise _truncated(path, size, 8 + length + end)
     return tensors, metadata
@@ -146,18 +147,19 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}): download it again") from None
+            raise CheckpointError(f"{path} is damaged ({one_line(error)}): download it again") from None
     return tensors
 
 
 def build(component: Component, config: Mapping[str, Any]) -> nn.Module:
     """The network that its library's `config` describes, with that library's random weights."""
-    if component is Component.UNET:
-        return UNet2DConditionModel.from_config(dict(config))
-    if component is Component.VAE_DECODER:
-        return AutoencoderKL.from_config(dict(config))
+    module: nn.Module
+    if component in _DIFFUSERS:
+        module = _DIFFUSERS[component].from_config(dict(config))
+        return module
     encoder = CLIPTextModelWithProjection if component is Component.TEXT_ENCODER_2 else CLIPTextModel
-    return encoder(CLIPTextConfig.from_dict({**config, "dtype": "float32"}))
+    module = encoder(CLIPTextConfig.from_dict({**config, "dtype": "float32"}))
+    return module
 
 
 def build_empty(component: Component, config: Mapping[str, Any]) -> nn.Module:
@@ -166,7 +168,9 @@ def build_empty(component: Component, config: Mapping[str, Any]) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             return build(component, config)
     except Exception as error:  # Whatever the constructor of another library makes of a bad value.
-        raise CheckpointError(f"the config of {component.value} describes no network: {error}") from error
+        raise CheckpointError(
+            f"the config of {component.value} describes no network: {one_line(error)}"
+        ) from error
 
 
 def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -183,6 +187,8 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
         problem = f"{_first(wrong)} of another shape: {shapes}"
     elif integer := [name for name in shared if not found[name].is_floating_point()]:
         problem = f"{_first(integer)} quantised ({found[integer[0]].dtype})"
+    elif twice := [name for name, times in Counter(map(_canonical, tensors)).items() if times > 1]:
+        problem = f"{_first(twice)} there under two names"
     else:
         return
     raise CheckpointError(f"{where}: {problem}; use the config and the plain weights of one model")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +109,11 @@ class SourceRecord:
     @property
     def model_hash(self) -> str:
         """First 10 hex digits of the U-Net's (or the single file's) sha256, as other tools write it."""
-        unet = [sha for name, sha in sorted(self.files.items()) if name.startswith("unet") and "safetensors" in name]
+        unet = [
+            sha
+            for name, sha in sorted(self.files.items())
+            if name.startswith("unet") and "safetensors" in name
+        ]
         single = [sha for name, sha in sorted(self.files.items()) if name.endswith(".safetensors")]
         return (unet or single or [hashlib.sha256(self.name.encode()).hexdigest()])[0][:10]
 
@@ -156,16 +161,21 @@ class Manifest:
         try:
             body = json.loads(raw)
         except ValueError as error:
-            raise IntegrityError(f"{path} is damaged: not JSON ({error}); build or copy the bundle again") from None
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise BundleError(f"{path} is not the manifest of a bundle; make one with: rt build MODEL -o DIR")
+            raise IntegrityError(
+                f"{path} is damaged: not JSON ({error}); build or copy the bundle again"
+            ) from None
         digest = _DIGEST.search(raw)
-        if not digest or digest[1].decode() != hashlib.sha256(_DIGEST.sub(_NO_DIGEST, raw, count=1)).hexdigest():
+        if not isinstance(body, dict) or (body.get("format") != FORMAT and not digest):
+            raise BundleError(f"{path} is not the manifest of a bundle; make one with: rt build MODEL -o DIR")
+        if (
+            not digest
+            or digest[1].decode() != hashlib.sha256(_DIGEST.sub(_NO_DIGEST, raw, count=1)).hexdigest()
+        ):
             raise IntegrityError(f"{path} is damaged: its sha256 differs; build or copy the bundle again")
         # Every later schema keeps the digest, so that a damaged byte is never taken for a newer version.
         if body["schema"] > SCHEMA:
             raise IncompatibleBundleError(
-                f"{path} has schema {body['schema']}; this rt reads up to {SCHEMA}. Upgrade rt or build the bundle again"
+                f"{path} has schema {body['schema']}; this rt reads up to {SCHEMA}. Upgrade rt or build it again"
             )
         return cls(
             created=body["created"],
@@ -203,9 +213,13 @@ class Bundle:
             raw = (path / MANIFEST).read_bytes()
         except FileNotFoundError:
             what = "has no manifest.json" if path.is_dir() else "does not exist"
-            raise BundleError(f"{path} is not a bundle: it {what}; make one with: rt build MODEL -o {path}") from None
+            raise BundleError(
+                f"{path} is not a bundle: it {what}; make one with: rt build MODEL -o {path}"
+            ) from None
         except NotADirectoryError:
-            raise BundleError(f"{path} is a file, not a bundle; a bundle is a directory that `rt build` made") from None
+            raise BundleError(
+                f"{path} is a file, not a bundle; a bundle is a directory that `rt build` made"
+            ) from None
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from None
         bundle = cls(path, Manifest.from_bytes(raw, path / MANIFEST))
@@ -221,7 +235,9 @@ class Bundle:
         """
         chosen = sorted(self.manifest.files if names is None else set(names))
         with ThreadPoolExecutor() as pool:
-            for name, sha256 in zip(chosen, pool.map(lambda n: hash_file(self.path / n), chosen), strict=True):
+            for name, sha256 in zip(
+                chosen, pool.map(lambda n: hash_file(self.path / n), chosen), strict=True
+            ):
                 if sha256 != self.manifest.files[name].sha256:
                     raise IntegrityError(
                         f"{self.path / name} is damaged: its sha256 differs; build or copy the bundle again"
@@ -229,8 +245,8 @@ class Bundle:
 
     def _check_size(self, name: str, record: FileRecord) -> None:
         file = self.path / name
-        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not inside or file.is_symlink() or not file.is_file():
+        # Differs for a name that leaves the bundle, and for a link anywhere on the way.
+        if os.path.realpath(file) != f"{os.path.realpath(self.path)}/{name}" or not file.is_file():
             raise IntegrityError(f"{file} is missing or not a plain file; build or copy the bundle again")
         size = file.stat().st_size
         if size != record.size_bytes:

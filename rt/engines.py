@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
 from rt.backends import AUTO, Engine, choose, cpu_count
 from rt.bundle import Bundle, EngineRecord
 from rt.errors import BundleError
 from rt.model import Component
 from rt.shapes import ShapeProfile
+
+EngineKey = tuple[Component, ShapeProfile | None, bool]
+"""What is run, at which shape (None for text), and whether with guidance (U-Net only)."""
 
 
 class Engines:
@@ -29,29 +35,46 @@ class Engines:
         self._verified: set[str] = set()
         self._loaded: dict[str, Engine] = {}
 
-    def get(self, component: Component, profile: ShapeProfile | None = None, *, guided: bool = False) -> Engine:
-        """The engine of `component` for `profile`.
+    def load(self, keys: Iterable[EngineKey]) -> None:
+        """Load what is not loaded yet, several at a time: compiling leaves processors idle.
 
         Raises:
-            IntegrityError: When one of its files has changed.
+            IntegrityError: When a file has changed.
             BundleError: When the bundle has no such engine.
         """
-        record = self._find(component, profile, guided)
-        if record.name not in self._loaded:
-            files = {record.file, record.weights} - self._verified
-            self._bundle.verify(files)
-            self._verified |= files
-            self._loaded[record.name] = self.backend.load(
-                self._bundle.path / record.file,
-                record.inputs,
-                record.outputs,
-                dtype=self._bundle.manifest.config.dtype,
-                threads=self._threads,
+        missing = [record for record in map(self._find, keys) if record.name not in self._loaded]
+        files = {name for record in missing for name in (record.file, record.weights)} - self._verified
+        self._bundle.verify(files)
+        self._verified |= files
+        with ThreadPoolExecutor() as pool:
+            self._loaded.update(
+                zip((record.name for record in missing), pool.map(self._open, missing), strict=True)
             )
-        return self._loaded[record.name]
 
-    def _find(self, component: Component, profile: ShapeProfile | None, guided: bool) -> EngineRecord:
+    def get(
+        self, component: Component, profile: ShapeProfile | None = None, *, guided: bool = False
+    ) -> Engine:
+        """The engine of `component` for `profile`, loaded if need be; raises as `load`."""
+        key = (component, profile, guided)
+        name = self._find(key).name
+        if name not in self._loaded:
+            self.load([key])
+        return self._loaded[name]
+
+    def _open(self, record: EngineRecord) -> Engine:
+        return self.backend.load(
+            self._bundle.path / record.file,
+            record.inputs,
+            record.outputs,
+            dtype=self._bundle.manifest.config.dtype,
+            threads=self._threads,
+        )
+
+    def _find(self, key: EngineKey) -> EngineRecord:
         for record in self._bundle.manifest.engines:
-            if (record.component, record.profile, record.guided) == (component, profile, guided):
+            if (record.component, record.profile, record.guided) == key:
                 return record
-        raise BundleError(f"{self._bundle.path} has no engine for {component.value} at {profile}; build it again")
+        component, profile, _ = key
+        raise BundleError(
+            f"{self._bundle.path} has no engine for {component.value} at {profile}; build it again"
+        )

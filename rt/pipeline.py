@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from rt.backends import AUTO
 from rt.bundle import Bundle
-from rt.engines import Engines
+from rt.engines import EngineKey, Engines
 from rt.errors import ArgumentError, ConfigError, NumericsError, nearest
 from rt.images import postprocess, to_pil
 from rt.model import Component
@@ -49,8 +50,12 @@ _ALIASES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Timings:
-    """Wall clock of one call, in seconds; `steps` counts calls of the U-Net."""
+    """Wall clock of one call, in seconds; `steps` counts calls of the U-Net.
 
+    `load_s` is what the first call at a size spends on loading its engines; it is part of no other stage.
+    """
+
+    load_s: float
     text_s: float
     denoise_s: float
     decode_s: float
@@ -86,7 +91,9 @@ class Pipeline:
             for encoder in spec.text_encoders
         }
         self._profiles = list(
-            dict.fromkeys(e.profile for e in bundle.manifest.engines if e.component is Component.UNET and e.profile)
+            dict.fromkeys(
+                e.profile for e in bundle.manifest.engines if e.component is Component.UNET and e.profile
+            )
         )
         self._sessions: dict[ShapeProfile, Session] = {}
         self._interrupt = False
@@ -114,7 +121,9 @@ class Pipeline:
         """Stop the running call at its next step; it returns what it has."""
         self._interrupt = True
 
-    def unet_calls(self, schedule: Schedule, count: int, height: int | None = None, width: int | None = None) -> int:
+    def unet_calls(
+        self, schedule: Schedule, count: int, height: int | None = None, width: int | None = None
+    ) -> int:
         """How often drawing `count` pictures by `schedule` calls the U-Net: rows of the table times batches."""
         profiles = self._profiles_of(choose_size(self._profiles, height, width))
         return len(schedule) * len(split_batch(count, (profile.batch_size for profile in profiles)))
@@ -176,7 +185,9 @@ class Pipeline:
         count = _count(num_images_per_prompt) * len(prompts)
         seeds = _seeds(seed, count)
         if output_type not in _OUTPUT_TYPES:
-            raise ConfigError(f"output_type {output_type!r} does not exist; use one of {', '.join(_OUTPUT_TYPES)}")
+            raise ConfigError(
+                f"output_type {output_type!r} does not exist; use one of {', '.join(_OUTPUT_TYPES)}"
+            )
         size = choose_size(self._profiles, height, width)
         schedule = self._schedule(scheduler, num_inference_steps, timesteps, eta)
         given = self._given_latents(latents, count, size)
@@ -184,6 +195,8 @@ class Pipeline:
         with self._lock:
             self._interrupt = False
             watch = _Stopwatch()
+            with watch("load"):
+                self._load(size, count, guided=guidance_scale > 1, decode=output_type != "latent")
             with watch("text"):
                 pairs = self._encode(prompts, negatives, guided=guidance_scale > 1)
             rows = [
@@ -205,20 +218,33 @@ class Pipeline:
                 with watch("decode"):
                     images += [self._finish(row, size, output_type) for row in finished]
         timings = Timings(
+            load_s=watch.seconds["load"],
             text_s=watch.seconds["text"],
             denoise_s=watch.seconds["denoise"],
             decode_s=watch.seconds["decode"],
             total_s=time.perf_counter() - started,
             steps=self.unet_calls(schedule, count, *size),
         )
-        return PipelineOutput(images=images, seeds=seeds, timings=timings)
+        return PipelineOutput(images=images, seeds=seeds[: len(images)], timings=timings)
+
+    def _load(self, size: tuple[int, int], count: int, *, guided: bool, decode: bool) -> None:
+        batch_sizes = set(split_batch(count, (profile.batch_size for profile in self._profiles_of(size))))
+        wanted: list[EngineKey] = [(encoder, None, False) for encoder in self._tokenizers]
+        wanted += [(Component.UNET, ShapeProfile(*size, batch), guided) for batch in batch_sizes]
+        if decode:
+            wanted.append((Component.VAE_DECODER, ShapeProfile(*size), False))
+        self.engines.load(wanted)
 
     def _schedule(
-        self, scheduler: str | Scheduler | None, steps: int, timesteps: Sequence[int] | None, eta: float | None
+        self,
+        scheduler: str | Scheduler | None,
+        steps: int,
+        timesteps: Sequence[int] | None,
+        eta: float | None,
     ) -> Schedule:
         if not isinstance(scheduler, Scheduler):
             scheduler = Scheduler.from_config(self.bundle.manifest.model.scheduler, scheduler)
-        return scheduler.schedule(steps, timesteps=timesteps, eta=eta)
+        return scheduler.schedule(len(timesteps) if timesteps is not None else steps, timesteps=timesteps, eta=eta)
 
     def _encode(
         self, prompts: Sequence[str], negatives: Sequence[str | None], *, guided: bool
@@ -243,7 +269,8 @@ class Pipeline:
         return [(c, encode_negative(n, c)) for c, n in zip(conds, negatives, strict=True)]
 
     def _encode_one(self, text: str) -> Conditioning:
-        states, pooled = [], None
+        states: list[NDArray[np.float32]] = []
+        pooled = None
         for encoder, tokenizer in self._tokenizers.items():
             engine = self.engines.get(encoder)
             tokens = tokenizer(text)
@@ -304,10 +331,17 @@ class Pipeline:
         if latents is None:
             return None
         spec = self.bundle.manifest.model
-        expected = (count, spec.latent_channels, size[0] // spec.vae_scale_factor, size[1] // spec.vae_scale_factor)
+        expected = (
+            count,
+            spec.latent_channels,
+            size[0] // spec.vae_scale_factor,
+            size[1] // spec.vae_scale_factor,
+        )
         given = np.asarray(latents, np.float32)
         if given.shape != expected:
-            raise ConfigError(f"latents are {given.shape}; this call needs {expected}: pictures, channels, rows, columns")
+            raise ConfigError(
+                f"latents are {given.shape}; this call needs {expected}: pictures, channels, rows, columns"
+            )
         return given
 
 
@@ -315,7 +349,7 @@ class _Stopwatch:
     """Seconds by stage."""
 
     def __init__(self) -> None:
-        self.seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+        self.seconds = {"load": 0.0, "text": 0.0, "denoise": 0.0, "decode": 0.0}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -344,7 +378,9 @@ def _negative_prompts(negative: str | Sequence[str] | None, count: int) -> list[
     if negative is None or isinstance(negative, str):
         return [negative] * count
     if len(negative) != count:
-        raise ConfigError(f"{len(negative)} negative prompts for {count} prompts; give one for all or one for each")
+        raise ConfigError(
+            f"{len(negative)} negative prompts for {count} prompts; give one for all or one for each"
+        )
     return list(negative)
 
 
@@ -358,8 +394,10 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """Image i has seed + i, so that it does not depend on how many are drawn with it."""
     if seed is None:
         seed = secrets.randbits(32)
-    if isinstance(seed, int):
-        return [seed + index for index in range(count)]
+    if isinstance(seed, Integral):
+        return [int(seed) + index for index in range(count)]
+    if not isinstance(seed, Sequence) or not all(isinstance(value, Integral) for value in seed):
+        raise ConfigError(f"seed is {seed!r}; give a whole number, or one for each picture")
     if len(seed) != count:
         raise ConfigError(f"{len(seed)} seeds for {count} pictures; give one for each, or the first one only")
     return [int(value) for value in seed]

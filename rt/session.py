@@ -110,7 +110,9 @@ class Session:
     def _condition(self, unet: Engine, rows: Sequence[Row]) -> None:
         """Write what stays the same for the whole loop; rows without a picture repeat the last one's."""
         padded = [*rows, *[rows[-1]] * (self.profile.batch_size - len(rows))]
-        conditionings = [row.uncond for row in padded if row.uncond is not None] + [row.cond for row in padded]
+        conditionings = [row.uncond for row in padded if row.uncond is not None] + [
+            row.cond for row in padded
+        ]
         for index, conditioning in enumerate(conditionings):
             unet.inputs["context"][index] = conditioning.states
             if conditioning.pooled is not None:

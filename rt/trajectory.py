@@ -91,15 +91,17 @@ class Trajectory:
             NumericsError: When the output had NaN or Inf.
         """
         i, schedule, state, m = self.position, self.schedule, self._state, self._m
-        self._guide(cond.reshape(-1), None if uncond is None else uncond.reshape(-1))
-        h = state[_H + i % 4]
-        np.multiply(m, schedule.q[i], out=h)
-        h += np.multiply(state[_X + i % 4], schedule.p[i], out=self._scratch)
-        if schedule.n[i] != 0:
-            self._noise.randn(self._shape, out=self._slot(_Z))
-        x = state[_X + (i + 1) % 4]
-        np.copyto(x, np.dot(self._weights[i], state, out=self._scratch))
-        if not np.isfinite(np.dot(x, x)):
+        with np.errstate(over="ignore", invalid="ignore"):  # an error below, not also a warning
+            self._guide(cond.reshape(-1), None if uncond is None else uncond.reshape(-1))
+            h = state[_H + i % 4]
+            np.multiply(m, schedule.q[i], out=h)
+            h += np.multiply(state[_X + i % 4], schedule.p[i], out=self._scratch)
+            if schedule.n[i] != 0:
+                self._noise.randn(self._shape, out=self._slot(_Z))
+            x = state[_X + (i + 1) % 4]
+            np.copyto(x, np.dot(self._weights[i], state, out=self._scratch))
+            finite = np.isfinite(np.dot(x, x))
+        if not finite:
             raise NumericsError(
                 f"unet gave NaN or Inf at step {i + 1} of {len(schedule)} (timestep {schedule.timesteps[i]:g}); "
                 f"build with --dtype fp32 or --bf16, or lower the guidance scale"

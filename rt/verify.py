@@ -18,7 +18,9 @@ from rt.errors import AccuracyError, IntegrityError, NumericsError
 TOLERANCE = {DType.FP32: 1e-4, DType.FP16: 2e-2, DType.BF16: 8e-2}
 
 
-def save_reference(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, NDArray[np.float32]]) -> None:
+def save_reference(
+    path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, NDArray[np.float32]]
+) -> None:
     """Keep the inputs of a program and torch's outputs beside the engine."""
     arrays = {f"input.{name}": value for name, value in inputs.items()}
     arrays |= {f"output.{name}": value for name, value in outputs.items()}
@@ -46,7 +48,9 @@ def compare(engine: Engine, reference: Path, *, name: str, dtype: DType) -> dict
     for output, got in engine.outputs.items():
         expected = arrays[f"output.{output}"]
         if not np.isfinite(got).all():
-            raise NumericsError(f"{name}: output {output!r} has NaN or Inf in {dtype.value}; build with --dtype fp32")
+            raise NumericsError(
+                f"{name}: output {output!r} has NaN or Inf in {dtype.value}; build with --dtype fp32"
+            )
         errors[output] = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
         if errors[output] > TOLERANCE[dtype]:
             raise AccuracyError(

@@ -54,13 +54,19 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
     grouped: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
     for node in module.graph.nodes:
         touched = [node.name, *(source.name for source in node.all_input_nodes)]
-        reached = max([seen.logits.get(node.name, 0.0), *(seen.magnitudes.get(name, 0.0) for name in touched)])
+        reached = max(
+            [seen.logits.get(node.name, 0.0), *(seen.magnitudes.get(name, 0.0) for name in touched)]
+        )
         if node.op == "call_function" and (node.target in _NORMS or reached > limit):
             islands.add(node.name)
             grouped[str(node.target).split(".")[1], reached > limit].append(reached)
     words = (
         f"{len(group)} {op}: "
-        + (f"reach {max(group):.1e}, format ends at {torch.finfo(half).max:.1e}" if far else "sums over many elements")
+        + (
+            f"reach {max(group):.1e}, format ends at {torch.finfo(half).max:.1e}"
+            if far
+            else "sums over many elements"
+        )
         for (op, far), group in sorted(grouped.items())
     )
     return _Cast(module, half, islands, wide), tuple(words)
@@ -74,7 +80,7 @@ class _Cast(nn.Module):
             for node in module.graph.nodes
             if node.op == "get_attr"
         }
-        self.half, self.islands, self.wide = half, islands, wide
+        self.format, self.islands, self.wide = half, islands, wide
         self.graph_module = fx.GraphModule(weights, module.graph)
 
     def forward(self, **inputs: Tensor) -> Any:
@@ -95,9 +101,9 @@ class _CastInterpreter(fx.Interpreter):
         policy, name = self.policy, self.node.name
         if name in policy.islands:
             result = super().call_function(target, *_to(torch.float32, (args, kwargs)))
-            return result if name in policy.wide else _to(policy.half, result)
-        if target in _PRODUCTS or policy.half in _dtypes((args, kwargs)):
-            args, kwargs = _to(policy.half, (args, kwargs))
+            return result if name in policy.wide else _to(policy.format, result)
+        if target in _PRODUCTS or policy.format in _dtypes((args, kwargs)):
+            args, kwargs = _to(policy.format, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -105,7 +111,9 @@ class _CastInterpreter(fx.Interpreter):
 
 
 def _to(dtype: torch.dtype, tree: Any) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree)
+    return tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree
+    )
 
 
 def _dtypes(tree: Any) -> set[torch.dtype]:

@@ -17,7 +17,7 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in _CHECKS:
             module.graph.erase_node(node)
         elif node.target in _IDENTITIES or (node.target in _CASTS and _keeps_dtype(node)):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -25,4 +25,4 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _keeps_dtype(node: fx.Node) -> bool:
-    return bool(node.args[0].meta["val"].dtype == node.meta["val"].dtype)
+    return bool(node.all_input_nodes[0].meta["val"].dtype == node.meta["val"].dtype)

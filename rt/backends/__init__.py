@@ -48,12 +48,15 @@ def choose(name: str, dtype: DType, preferred: str = "") -> tuple[Backend, str]:
         if reason := backend.refuses(dtype):
             raise ConfigError(f"{name} cannot run this bundle: {reason}")
         return backend, f"{name}: as asked"
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in sorted(BACKENDS.values(), key=lambda backend: backend.name != preferred):
         problem = candidate.available().problem or candidate.refuses(dtype)
         if not problem:
             why = "".join(f"; not {other}" for other in passed_over)
-            return candidate, f"{candidate.name}: computes {dtype.value} graphs in {candidate.arithmetic(dtype)}{why}"
+            return (
+                candidate,
+                f"{candidate.name}: computes {dtype.value} graphs in {candidate.arithmetic(dtype)}{why}",
+            )
         passed_over.append(f"{candidate.name} ({problem})")
     raise BackendUnavailableError(f"no engine can run this bundle: {'; '.join(passed_over)}")
 

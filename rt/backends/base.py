@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rt.config import DType
 from rt.shapes import TensorSpec
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 class Engine(Protocol):
@@ -23,8 +23,13 @@ class Engine(Protocol):
     life: write into the inputs in place, call `enqueue`, read the outputs before the next `enqueue`.
     """
 
-    inputs: Mapping[str, Array]
-    outputs: Mapping[str, Array]
+    @property
+    def inputs(self) -> Mapping[str, Array]:
+        """By name."""
+
+    @property
+    def outputs(self) -> Mapping[str, Array]:
+        """By name."""
 
     def enqueue(self) -> None:
         """Run the program once; on a CPU the outputs are ready on return."""
@@ -57,7 +62,13 @@ class Backend(Protocol):
         """The format it computes in for graphs of `dtype`: f32, bf16 or f16, as its library names it."""
 
     def load(
-        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, dtype: DType, threads: int
+        self,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        dtype: DType,
+        threads: int,
     ) -> Engine:
         """Load a graph and bind a buffer to each of its inputs and outputs.
 

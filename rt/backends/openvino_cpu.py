@@ -42,7 +42,13 @@ class OpenVINO:
         return "bf16" if dtype is DType.BF16 and "BF16" in self._capabilities else "f32"
 
     def load(
-        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, dtype: DType, threads: int
+        self,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        dtype: DType,
+        threads: int,
     ) -> OpenVINOEngine:
         """Read and compile the graph."""
         options = {
@@ -71,7 +77,9 @@ class OpenVINO:
 class OpenVINOEngine:
     """A compiled model whose tensors share memory with our arrays."""
 
-    def __init__(self, model: openvino.CompiledModel, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
+    def __init__(
+        self, model: openvino.CompiledModel, inputs: dict[str, Array], outputs: dict[str, Array]
+    ) -> None:
         import openvino
 
         self.inputs, self.outputs = inputs, outputs

@@ -45,7 +45,13 @@ class OnnxRuntime:
         return "f32" if dtype is DType.FP32 else "f16"
 
     def load(
-        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, dtype: DType, threads: int
+        self,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        dtype: DType,
+        threads: int,
     ) -> OnnxRuntimeEngine:
         """Create a session."""
         import onnxruntime

@@ -17,33 +17,28 @@ from rt.extras import needs
 logger = logging.getLogger(__name__)
 
 
-class IntList(click.ParamType):
-    """Whole numbers separated by commas."""
-
-    name = "N[,N...]"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Parse; click reports what `fail` says."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a whole number or a list such as 1,2,4", param, ctx)
+def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
+    """`1,2,4` as numbers; what is parsed already stays as it is."""
+    try:
+        return text if isinstance(text, tuple) else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a whole number or a list such as 1,2,4") from None
 
 
 @click.command(short_help="Compile a model into a bundle.")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--fp16", "dtypes", flag_value="fp16", multiple=True, help="Weights and arithmetic in float16.")
-@click.option("--bf16", "dtypes", flag_value="bf16", multiple=True, help="Weights and arithmetic in bfloat16.")
-@click.option("--dtype", type=click.Choice([d.value for d in DType]), help="The same, by name.  [default: fp32]")
+@click.option(
+    "--bf16", "dtypes", flag_value="bf16", multiple=True, help="Weights and arithmetic in bfloat16."
+)
+@click.option(
+    "--dtype", type=click.Choice([d.value for d in DType]), help="The same, by name.  [default: fp32]"
+)
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
-@click.option("--height", type=IntList(), default=(), help="Pixels; several make several profiles.")
-@click.option("--width", type=IntList(), default=(), help="Pixels; paired with the heights.")
-@click.option("--batch-size", type=IntList(), default=(), help="Pictures at once, such as 1,4.")
+@click.option("--height", type=whole_numbers, metavar="N[,N...]", default=(), help="Pixels; several make several profiles.")
+@click.option("--width", type=whole_numbers, metavar="N[,N...]", default=(), help="Pixels; paired with the heights.")
+@click.option("--batch-size", type=whole_numbers, metavar="N[,N...]", default=(), help="Pictures at once, such as 1,4.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--variant", help="Weights variant, such as fp16.")
 @click.option("--tokenizer", help="Folder or hub id of the vocabulary, for a single file.")
@@ -99,7 +94,9 @@ def command(
 def _dtype(flags: tuple[str, ...], name: str | None) -> DType:
     asked = {*flags, *([name] if name else [])}
     if len(asked) > 1:
-        raise ConfigError(f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --dtype")
+        raise ConfigError(
+            f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --dtype"
+        )
     return DType(asked.pop()) if asked else DType.FP32
 
 

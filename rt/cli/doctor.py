@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import click
 
 import rt
-from rt.backends import BACKENDS, cpu_count
+from rt.backends import BACKENDS
 from rt.config import DType
 from rt.extras import install_line, packages
+from rt.machine import Machine
 
 
 @click.command(short_help="Say what is installed and what is missing.")
@@ -25,11 +25,12 @@ def command(as_json: bool) -> None:
 
 
 def _report() -> dict[str, Any]:
+    machine = Machine.here()
     return {
         "rt": rt.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": {"name": _processor(), "cores": cpu_count(), "memory_gib": round(_memory_gib(), 1)},
+        "processor": {"name": machine.processor, "cores": machine.cores, "memory_gib": machine.memory_gib},
         "engines": {
             name: {
                 "version": backend.available().version,
@@ -39,7 +40,10 @@ def _report() -> dict[str, Any]:
             for name, backend in BACKENDS.items()
         },
         "extras": {
-            extra: {"missing": [p for p in packages(extra) if not _installed(p)], "install": install_line(extra)}
+            extra: {
+                "missing": [p for p in packages(extra) if not _installed(p)],
+                "install": install_line(extra),
+            }
             for extra in ("build", "plot")
         },
     }
@@ -71,16 +75,3 @@ def _installed(package: str) -> bool:
         return bool(version(package))
     except PackageNotFoundError:
         return False
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-

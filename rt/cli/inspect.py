@@ -41,7 +41,9 @@ def _describe(manifest: Manifest) -> list[str]:
             f"  {engine.name:<{width}}  {max(engine.error.values()):.1e} from torch with {engine.verified_with}"
         )
         lines += [f"  {'':<{width}}  in fp32: {island}" for island in engine.islands]
-    lines.append("built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    lines.append(
+        "built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    )
     return lines
 
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 import rt
-from rt.errors import RtError
+from rt.errors import RtError, nearest
 
 _VERBS = ("build", "run", "inspect", "verify", "bench", "doctor")
 _OUT_OF_MEMORY, _INTERRUPTED = 5, 130
@@ -25,15 +25,18 @@ class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         if cmd_name not in _VERBS:
-            return None
+            raise click.UsageError(
+                f"there is no verb {cmd_name!r}{nearest(cmd_name, _VERBS)}; use one of {', '.join(_VERBS)}"
+            )
         command: click.Command = import_module(f"rt.cli.{cmd_name}").command
         return command
 
 
 @click.group(
     cls=_Verbs,
+    invoke_without_command=True,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
@@ -43,22 +46,27 @@ class _Verbs(click.Group):
 )
 @click.version_option(rt.__version__, prog_name="rt")
 @click.option("-v", "--verbose", is_flag=True, help="Say what is done, and show tracebacks.")
-def cli(verbose: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, verbose: bool) -> None:
     """Compile latent-diffusion models and run them, sampling loop and all.
 
     \b
     rt build MODEL -o DIR      checkpoint to bundle
     rt run DIR --prompt TEXT   bundle to picture
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine())
-    logging.getLogger("rt").addHandler(handler)
+    logging.getLogger("rt").addHandler(_AboveTheBar())
     logging.getLogger("rt").setLevel(logging.INFO if verbose else logging.WARNING)
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+class _AboveTheBar(logging.Handler):
+    """One line a record on stderr, which does not run into a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
 
 
 def main() -> NoReturn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,14 +25,20 @@ from rt.samplers import SAMPLERS, SPACINGS, Scheduler
 @click.option("--negative-prompt", help="What to keep away from.")
 @click.option("--steps", "--num-inference-steps", type=int, default=50, show_default=True)
 @click.option("--guidance-scale", type=float, default=7.5, show_default=True, help="1 turns guidance off.")
-@click.option("--guidance-rescale", type=float, default=0.0, help="For zero-terminal-SNR models, such as 0.7.")
+@click.option(
+    "--guidance-rescale", type=float, default=0.0, help="For zero-terminal-SNR models, such as 0.7."
+)
 @click.option("--seed", type=int, help="Of the first picture; the others count up.  [default: random]")
-@click.option("--scheduler", help=f"Sampler: {', '.join(SAMPLERS)}; or a diffusers class.  [default: the model's]")
+@click.option(
+    "--scheduler", help=f"Sampler: {', '.join(SAMPLERS)}; or a diffusers class.  [default: the model's]"
+)
 @click.option("--spacing", type=click.Choice(SPACINGS), help="Of the timesteps.  [default: the model's]")
 @click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True)
 @click.option("--height", type=int, help="Pixels; one that was built.")
 @click.option("--width", type=int, help="Pixels; one that was built.")
-@click.option("-o", "--output", default="", help="File, directory or pattern with {seed} {index} {date} {prompt_hash}.")
+@click.option(
+    "-o", "--output", default="", help="File, directory or pattern with {seed} {index} {date} {prompt_hash}."
+)
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
 @click.option("--threads", type=int, help="Processors to use.  [default: all]")
 @click.option("--no-metadata", is_flag=True, help="Leave the prompt and the settings out of the file.")
@@ -64,9 +69,7 @@ def command(
     """Draw pictures of --prompt with BUNDLE and print their paths."""
     if not prompt.strip():
         raise ConfigError('the prompt is empty; say what to draw: --prompt "a red heart"')
-    started = time.perf_counter()
     pipe = Pipeline.from_bundle(bundle, backend=backend, threads=threads)
-    load_s = time.perf_counter() - started
     sampler = Scheduler.from_config(pipe.bundle.manifest.model.scheduler, scheduler, spacing=spacing)
     first = secrets.randbits(32) if seed is None else seed
     seeds = [first + index for index in range(num_images_per_prompt)]
@@ -109,7 +112,7 @@ def command(
             "scheduler": sampler.name,
             "backend": pipe.engines.backend.name,
             "backend_reason": pipe.engines.reason,
-            "timings": {"load_s": load_s, **asdict(result.timings)},
+            "timings": asdict(result.timings),
         }
         click.echo(json.dumps(summary, indent=1))
     else:
@@ -119,7 +122,8 @@ def command(
 def _free_paths(pattern: OutputPattern, prompt: str, seeds: list[int], *, force: bool) -> list[Path]:
     """Where the pictures go, known to be free and to have a folder before minutes are spent on drawing them."""
     paths = [
-        pattern.path(seed=seed, index=index, prompt=prompt, count=len(seeds)) for index, seed in enumerate(seeds)
+        pattern.path(seed=seed, index=index, prompt=prompt, count=len(seeds))
+        for index, seed in enumerate(seeds)
     ]
     for path in paths:
         if path.exists() and not force:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rt.export.architectures import PAD_TOKENS, Architecture, clip, unet, vae
+from rt.export.architectures import Architecture, clip, unet, vae
 from rt.export.facts import FOLDERS
 from rt.export.synthetic import byte_vocabulary
 from rt.export.weights import build
@@ -19,6 +19,13 @@ from rt.model import Family
 
 _VOCAB = 514  # single bytes, start and end
 _LINEAR = {"use_linear_projection": True, "layers_per_block": 1}
+
+# As published in the tokenizers' special_tokens_map.json.
+_PAD_TOKENS = {
+    Family.SD1: ["<|endoftext|>"],
+    Family.SD2: ["!"],
+    Family.SDXL: ["<|endoftext|>", "!"],
+}
 
 TINY = {
     Family.SD1: Architecture(
@@ -80,7 +87,7 @@ def write_folder(root: Path, architecture: Architecture, dtype: torch.dtype) -> 
         state = {key: (torch.randn(value.shape) * 0.1).to(dtype) for key, value in state.items()}
         stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
         save_file(state, root / folder / f"{stem}.safetensors", metadata={"format": "pt"})
-    for i, pad_token in enumerate(PAD_TOKENS[architecture.family]):
+    for i, pad_token in enumerate(_PAD_TOKENS[architecture.family]):
         write_tokenizer(root / ("tokenizer", "tokenizer_2")[i], pad_token)
 
 

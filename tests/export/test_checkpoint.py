@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from rt.errors import CheckpointError, ConfigError, PickleError
 from rt.export import hub
 from rt.export.checkpoint import Checkpoint, Kind, open_checkpoint
+from rt.export.facts import read_spec
 from rt.export.weights import read_header
 from rt.model import Component, Family
 
@@ -310,14 +311,19 @@ ENTRY = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
         (b'{"a":' + ENTRY + b',"a":' + ENTRY + b"}", "'a' is there twice"),
         (b'{"a":{"dtype":"F32"}}', "bad safetensors header"),
         (b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "bad safetensors header"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}', "bad safetensors header"),
+        (b'{"a":{"dtype":"F32","shape":[1e400],"data_offsets":[0,4]}}', "bad safetensors header"),
+        (b'{"a":{"dtype":"F32","shape":[%d],"data_offsets":[0,4]}}' % (2**70), "bad safetensors header"),
+        (b'{"__metadata__":3}', "bad safetensors header"),
         (b'{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,4]}}', "'F4'"),
         (b'{"a":' + ENTRY + b"}", "is truncated"),
     ],
 )
 def test_bad_header(tmp_path: Path, header: bytes, message: str) -> None:
     with_header(tmp_path / "a.safetensors", header)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_header(tmp_path / "a.safetensors")
+    assert "\n" not in str(caught.value)
 
 
 def test_huge_header(tmp_path: Path) -> None:
@@ -365,6 +371,10 @@ def test_offsets_that_lie(folder: Folder) -> None:
             lambda state: state.update({"conv_in.bias": torch.ones(32, dtype=torch.int8)}),
             "conv_in.bias is quantised (torch.int8);",
         ),
+        (
+            lambda state: state.update({"text_model.conv_in.bias": torch.ones(32)}),
+            "conv_in.bias is there under two names;",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(
@@ -396,6 +406,7 @@ def test_auto_map(folder: Folder, edit_json: Edit) -> None:
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline; rt reads"),
         ("model_index.json", {"_class_name": None}, "is a model of no named class"),
+        ("model_index.json", {"_class_name": ["x"]}, "is a ['x']; rt reads"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "has AutoencoderTiny as vae"),
         ("model_index.json", {"unet": [None, None]}, "has no class as unet"),
         ("model_index.json", {"unet": 3}, "has no class as unet"),
@@ -408,6 +419,7 @@ def test_auto_map(folder: Folder, edit_json: Edit) -> None:
         ("unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "projected image or text features"),
         ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type 'text', not None"),
         ("unet/config.json", {"cross_attention_dim": 32}, "64 channels and the U-Net wants 32"),
+        ("unet/config.json", {"sample_size": [8, 16]}, "another type there: [8, 16] is no integer"),
         ("unet/config.json", {"block_out_channels": [32, 33]}, "the config of unet describes no network"),
         ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "shifted as well as scaled"),
         ("vae/config.json", {"block_out_channels": None}, "a config lacks a fact"),
@@ -419,6 +431,18 @@ def test_other_models(
     root = folder()
     edit_json(root / name, **values)
     assert message in refused(root)
+
+
+def test_config_without_defaults_of_clip() -> None:
+    tiny = open_checkpoint("synthetic:tiny").configs
+    text = {
+        key: value
+        for key, value in tiny["text_encoder"].items()
+        if key not in ("hidden_size", "max_position_embeddings")
+    }
+    unet = {**tiny["unet"], "cross_attention_dim": 512}
+    spec = read_spec({**tiny, "text_encoder": text, "unet": unet}, "x")
+    assert (spec.context_size, spec.max_tokens) == (512, 77)
 
 
 def test_config_without_a_fact(folder: Folder) -> None:

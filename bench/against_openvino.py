@@ -1,0 +1,98 @@
+"""Our step against OpenVINO called by hand: `python -m rt.bench.against_openvino BUNDLE`.
+
+The same graph on the same inputs, in turn in one process: compiled and called as OpenVINO's documentation
+shows (https://docs.openvino.ai/2026/openvino-workflow/running-inference.html: `compile_model`, then `infer`
+with a dictionary), as `Engine.enqueue`, and as a step of the session with guidance and sampler on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import click
+
+from rt.backends import Engine
+from rt.bench.bundle import PROMPT, describe, find_profile
+from rt.bench.record import RESULTS, publish
+from rt.bench.report import Subject
+from rt.bench.timing import Calibration, Samples, elapsed, gemm_gflops, interleave
+from rt.bundle import Bundle
+from rt.model import Component
+from rt.pipeline import Pipeline
+from rt.shapes import ShapeProfile
+
+BY_HAND, ENQUEUE, STEP = "by hand", "Engine.enqueue", "session step"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--steps", type=int, default=20, show_default=True, help="Calls in a row.")
+@click.option("--rounds", type=int, default=15, show_default=True, help="Turns of each of the three.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder for the record.")
+def command(bundle: Path, steps: int, rounds: int, out: Path) -> None:
+    """Time a guided U-Net step of BUNDLE three ways."""
+    pipe = Pipeline.from_bundle(bundle, backend="openvino")
+    profile = find_profile(pipe.bundle)
+    subject = describe(pipe, profile)
+    engine = pipe.engines.get(Component.UNET, profile, guided=True)
+
+    def session() -> float:
+        count = profile.batch_size
+        run = pipe(PROMPT, num_inference_steps=steps, num_images_per_prompt=count, output_type="latent")
+        return run.timings.denoise_s / run.timings.steps
+
+    def repeated(call: Callable[[], object]) -> Callable[[], float]:
+        return lambda: elapsed(lambda: [call() for _ in range(steps)]) / steps
+
+    session()  # leaves real inputs in the engine's buffers
+    by_hand = _by_hand(_graph(pipe.bundle, profile), engine, subject)
+    calls = {BY_HAND: repeated(by_hand), ENQUEUE: repeated(engine.enqueue), STEP: session}
+    interleave(calls, 1)
+    before = gemm_gflops()
+    samples = interleave(calls, rounds)
+    calibration = Calibration(before_gflops=before, after_gflops=gemm_gflops())
+    click.echo(f"{subject}\nmedian of {rounds} x {steps} steps; {calibration}")
+    ratios = {name: _ratio(each, samples[BY_HAND]) for name, each in samples.items()}
+    for name, each in samples.items():
+        click.echo(f"{name:<16}{each.median * 1e3:>10.4g} ms a step{ratios[name]:>8.3f} of by hand")
+    publish(
+        "against-openvino",
+        {
+            "subject": asdict(subject),
+            "steps": steps,
+            "calibration": asdict(calibration),
+            "step": {name: {**each.to_json(), "ratio": ratios[name]} for name, each in samples.items()},
+        },
+        out,
+    )
+
+
+def _graph(bundle: Bundle, profile: ShapeProfile) -> Path:
+    records = (r for r in bundle.manifest.engines if r.component is Component.UNET and r.guided)
+    return bundle.path / next(record.file for record in records if record.profile == profile)
+
+
+def _by_hand(graph: Path, engine: Engine, subject: Subject) -> Callable[[], object]:
+    """One inference as a user of OpenVINO writes it, on the inputs that `engine` has now."""
+    import openvino
+
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": subject.arithmetic,
+        "INFERENCE_NUM_THREADS": subject.threads,
+    }
+    request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
+    inputs = {name: array.copy() for name, array in engine.inputs.items()}
+    return lambda: request.infer(inputs)
+
+
+def _ratio(ours: Samples, theirs: Samples) -> float:
+    """Median of the ratios of each round."""
+    return float(median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,78 @@
+"""Where a figure comes from, and the file it is kept in."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rt
+from rt.backends import BACKENDS
+from rt.machine import Machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a figure depends on besides the thing that was measured.
+
+    Attributes:
+        date: Such as 2026-11-22.
+        commit: Of rt, with "-dirty" when files differ from it; None outside a checkout.
+        machine: Without its name.
+        versions: Of rt, Python, numpy and each engine that is installed.
+    """
+
+    date: str
+    commit: str | None
+    machine: Machine
+    versions: Mapping[str, str]
+
+    @classmethod
+    def now(cls) -> Provenance:
+        """Of a measurement that is being taken."""
+        engines = {name: backend.available().version for name, backend in BACKENDS.items()}
+        return cls(
+            date=date.today().isoformat(),
+            commit=_commit(),
+            machine=Machine.here(),
+            versions={
+                "rt": rt.__version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                **{name: version for name, version in engines.items() if version},
+            },
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Provenance:
+        """From the `asdict` of one."""
+        return cls(**{**data, "machine": Machine.from_json(data["machine"])})
+
+
+def publish(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write figures with their provenance to `folder`/DATE-NAME-PROCESSOR.json."""
+    provenance = Provenance.now()
+    path = folder / f"{provenance.date}-{name}-{provenance.machine.kind}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"provenance": asdict(provenance), **figures}, indent=1) + "\n")
+    return path
+
+
+def _commit() -> str | None:
+    root = Path(rt.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

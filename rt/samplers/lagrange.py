@@ -1,0 +1,18 @@
+"""Lagrange polynomials, for the samplers that integrate an interpolation of their history."""
+
+from __future__ import annotations
+
+from numpy.polynomial import Polynomial
+
+from rt.samplers.noise_schedule import Floats
+
+
+def lagrange_basis(nodes: Floats) -> list[Polynomial]:
+    """The polynomials that are 1 at one of the nodes and 0 at the others, in the order of the nodes."""
+    basis = []
+    for node in nodes:
+        polynomial = Polynomial([1.0])
+        for other in nodes[nodes != node]:
+            polynomial *= Polynomial([-other, 1.0]) / (node - other)
+        basis.append(polynomial)
+    return basis

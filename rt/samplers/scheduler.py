@@ -1,0 +1,279 @@
+"""From a scheduler_config.json and a name to a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from rt.errors import ConfigError, nearest
+from rt.samplers.ddim import DDIM
+from rt.samplers.ddpm import DDPM
+from rt.samplers.deis import DEIS
+from rt.samplers.dpm2 import DPM2, DPM2Ancestral
+from rt.samplers.dpm_solver import DPMSolverMultistep, DPMSolverSinglestep
+from rt.samplers.euler import Euler, EulerAncestral
+from rt.samplers.heun import Heun
+from rt.samplers.lcm import LCM
+from rt.samplers.lms import LMS
+from rt.samplers.pndm import PNDM
+from rt.samplers.sampler import Sampler
+from rt.samplers.spacing import AYS_SPACINGS, TIMESTEP_SPACINGS, align_your_steps
+from rt.samplers.table import Schedule
+from rt.samplers.tcd import TCD
+from rt.samplers.unipc import UniPC
+
+
+@dataclass(frozen=True)
+class _Slug:
+    """A name of ours: the sampler, what the name itself says of its options, and the A1111 web UI's label."""
+
+    sampler: type[Sampler]
+    label: str
+    about: str
+    options: Mapping[str, Any]
+
+
+def _slug(sampler: type[Sampler], label: str, about: str, **options: Any) -> _Slug:
+    return _Slug(sampler, label, about, options)
+
+
+_PP, _SDE = "dpmsolver++", "sde-dpmsolver++"
+_SLUGS = {
+    "ddim": _slug(DDIM, "DDIM", "first order, no noise (eta 0) to DDPM's (eta 1)"),
+    "ddpm": _slug(DDPM, "DDPM", "ancestral sampling; wants hundreds of steps"),
+    "pndm": _slug(
+        PNDM, "PLMS", "linear multistep of order 4; one evaluation more than steps", skip_prk_steps=True
+    ),
+    "lms": _slug(LMS, "LMS", "linear multistep of order 4 over noise levels"),
+    "euler": _slug(Euler, "Euler", "first order over noise levels"),
+    "euler-a": _slug(EulerAncestral, "Euler a", "Euler with fresh noise each step"),
+    "heun": _slug(Heun, "Heun", "second order; two evaluations a step"),
+    "dpm2": _slug(DPM2, "DPM2", "second order through a midpoint; two evaluations a step"),
+    "dpm2-a": _slug(DPM2Ancestral, "DPM2 a", "DPM2 with fresh noise each step"),
+    "dpmpp-2m": _slug(
+        DPMSolverMultistep,
+        "DPM++ 2M",
+        "second order multistep; 20 steps do",
+        algorithm_type=_PP,
+        solver_order=2,
+    ),
+    "dpmpp-2m-sde": _slug(
+        DPMSolverMultistep, "DPM++ 2M SDE", "DPM++ 2M with fresh noise", algorithm_type=_SDE, solver_order=2
+    ),
+    "dpmpp-2s": _slug(
+        DPMSolverSinglestep, "DPM++ 2S", "second order singlestep", algorithm_type=_PP, solver_order=2
+    ),
+    "deis": _slug(DEIS, "DEIS", "exponential multistep over log noise levels"),
+    "unipc": _slug(UniPC, "UniPC", "multistep predictor and corrector; 10 to 20 steps do"),
+    "lcm": _slug(LCM, "LCM", "for consistency models; 2 to 8 steps"),
+    "tcd": _slug(TCD, "TCD", "for trajectory consistency models; 2 to 8 steps, noise by eta"),
+}
+SAMPLERS: Mapping[str, str] = {slug: entry.about for slug, entry in _SLUGS.items()}
+"""Every sampler: slug to one line. Those over noise levels also take the suffix -karras or -exponential."""
+
+_CLASSES: Mapping[str, type[Sampler]] = {
+    "DDIMScheduler": DDIM,
+    "DDPMScheduler": DDPM,
+    "PNDMScheduler": PNDM,
+    "LMSDiscreteScheduler": LMS,
+    "EulerDiscreteScheduler": Euler,
+    "EulerAncestralDiscreteScheduler": EulerAncestral,
+    "HeunDiscreteScheduler": Heun,
+    "KDPM2DiscreteScheduler": DPM2,
+    "KDPM2AncestralDiscreteScheduler": DPM2Ancestral,
+    "DPMSolverMultistepScheduler": DPMSolverMultistep,
+    "DPMSolverSinglestepScheduler": DPMSolverSinglestep,
+    "DEISMultistepScheduler": DEIS,
+    "UniPCMultistepScheduler": UniPC,
+    "LCMScheduler": LCM,
+    "TCDScheduler": TCD,
+}
+_SUFFIXES = {"-karras": "karras", "-exponential": "exponential"}
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A sampler with its options, ready to be compiled for a number of steps."""
+
+    sampler: Sampler
+    align_your_steps: str | None = None
+    """`ays` or `ays-sdxl` where the timesteps are Align Your Steps', which no option of a sampler says."""
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], name: str | None = None, *, spacing: str | None = None
+    ) -> Scheduler:
+        """The scheduler that a checkpoint asks for, or another one on the same noise schedule.
+
+        A `name` means what `OtherScheduler.from_config(pipe.scheduler.config)` does in diffusers: options
+        that the other class has carry over, and those that `config` lacks take the other class's defaults.
+        What the name itself says is set: `dpmpp-2m` is dpmsolver++ of order 2, `pndm` has no warm-up, a
+        suffix is a spacing of noise levels. What it does not say stays as in `config`, Karras included.
+
+        Args:
+            config: the contents of diffusers' scheduler_config.json.
+            name: a slug of `SAMPLERS` with or without suffix, a class of diffusers, or a label of the A1111
+                web UI, in any case; by default the `_class_name` of `config`.
+            spacing: one of `SPACINGS`, in place of all that `config` and `name` say about it.
+
+        Raises:
+            ConfigError: an unknown name or spacing, or an option that the sampler does not support.
+        """
+        used_defaults = config.get("_use_default_values", ())
+        config = {key: value for key, value in config.items() if key not in used_defaults}
+        asked = name if name is not None else config.get("_class_name")
+        if not isinstance(asked, str):
+            raise ConfigError(
+                f"scheduler_config.json names no sampler: '_class_name' is {asked!r}; expected a class of "
+                f"diffusers. Give a name, one of {', '.join(SAMPLERS)}."
+            )
+        sampler, options = _resolve(asked)
+        if spacing is not None:
+            options = options | _spaced(sampler, spacing)
+        return cls(sampler.from_config(config | options), spacing if spacing in AYS_SPACINGS else None)
+
+    @property
+    def name(self) -> str:
+        """Our slug with its suffix, or the class of diffusers where no slug says what its options do."""
+        slug = self._slug()
+        return slug + self._suffix() if slug else _class_name(self.sampler)
+
+    @property
+    def label(self) -> str:
+        """The label of the A1111 web UI, for the metadata of an image, such as `DPM++ 2M Karras`."""
+        slug = self._slug()
+        base = _SLUGS[slug].label if slug else _class_name(self.sampler)
+        return base + (
+            " Align Your Steps" if self.align_your_steps else self._suffix().replace("-", " ").title()
+        )
+
+    def schedule(
+        self, num_inference_steps: int, *, timesteps: Sequence[int] | None = None, eta: float | None = None
+    ) -> Schedule:
+        """Compile for a number of steps.
+
+        Args:
+            num_inference_steps: steps; some samplers have two rows a step.
+            timesteps: the timesteps themselves, falling, where the class of diffusers takes them.
+            eta: of DDIM (0 by default) and TCD (0.3), from 0 to 1.
+
+        Raises:
+            ConfigError: a number of steps, timesteps or eta that the sampler cannot run.
+        """
+        total = self.sampler.num_train_timesteps
+        if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= total:
+            raise ConfigError(
+                f"num_inference_steps got {num_inference_steps!r}; expected a whole number from 1 to "
+                f"{total}, the number of timesteps that the model was trained on."
+            )
+        sampler = self.sampler if eta is None else self._with_eta(eta)
+        if timesteps is not None:
+            self._check(timesteps, num_inference_steps)
+        elif self.align_your_steps is not None:
+            timesteps = align_your_steps(self.align_your_steps, num_inference_steps, sampler.noise)
+        with np.errstate(all="ignore"):  # λ is infinite at σ = 0; what must be finite is checked by Table
+            schedule = sampler.schedule(num_inference_steps, timesteps)
+        if schedule.timesteps.max() > total - 1:
+            raise ConfigError(
+                f"{self.name}: {num_inference_steps} steps in {sampler.timestep_spacing!r} spacing start at "
+                f"timestep {schedule.timesteps.max():g}; expected at most {total - 1}. "
+                "Use fewer steps or another spacing."
+            )
+        return schedule
+
+    def _slug(self) -> str | None:
+        for slug, entry in _SLUGS.items():
+            says = entry.options.items()
+            if type(self.sampler) is entry.sampler and all(getattr(self.sampler, k) == v for k, v in says):
+                return slug
+        return None
+
+    def _suffix(self) -> str:
+        if self.sampler.use_karras_sigmas:
+            return "-karras"
+        return "-exponential" if self.sampler.use_exponential_sigmas else ""
+
+    def _with_eta(self, eta: float) -> Sampler:
+        if not isinstance(self.sampler, DDIM | TCD):
+            raise ConfigError(f"{self.name}: eta got {eta!r}; only ddim and tcd have it. Leave it out.")
+        if not 0 <= eta <= 1:
+            raise ConfigError(f"{self.name}: eta got {eta!r}; expected a number from 0 to 1.")
+        return replace(self.sampler, eta=float(eta))
+
+    def _check(self, timesteps: Sequence[int], steps: int) -> None:
+        sampler, total = self.sampler, self.sampler.num_train_timesteps
+        if not sampler.takes_timesteps:
+            raise ConfigError(
+                f"{self.name}: got timesteps, which it cannot take; expected a sampler that can: "
+                f"{', '.join(slug for slug, entry in _SLUGS.items() if entry.sampler.takes_timesteps)}."
+            )
+        if sampler.use_karras_sigmas or sampler.use_exponential_sigmas or sampler.use_lu_lambdas:
+            raise ConfigError(
+                f"{self.name}: got timesteps, but its noise levels are spaced already; expected one of the "
+                "two. Give spacing='linspace' with the timesteps."
+            )
+        if len(timesteps) != steps:
+            raise ConfigError(
+                f"{self.name}: got {len(timesteps)} timesteps for {steps} steps; expected as many. "
+                f"Use num_inference_steps={len(timesteps)}."
+            )
+        falling = all(later < earlier for earlier, later in pairwise(timesteps))
+        if not falling or not 0 <= timesteps[-1] <= timesteps[0] < total:
+            raise ConfigError(
+                f"{self.name}: timesteps got {list(timesteps)}; expected each below the one before, "
+                f"from at most {total - 1} to at least 0."
+            )
+
+
+def _resolve(name: str) -> tuple[type[Sampler], dict[str, Any]]:
+    """The sampler of a name, and the options that the name itself says."""
+    for class_name, sampler in _CLASSES.items():
+        if name.strip().lower() == class_name.lower():
+            return sampler, {}
+    slug = name.strip().lower().replace("++", "pp").replace(" ", "-").replace("_", "-")
+    spacing = next((kind for suffix, kind in _SUFFIXES.items() if slug.endswith(suffix)), None)
+    slug = slug.removesuffix(f"-{spacing}")
+    slug = "pndm" if slug == "plms" else slug
+    if slug not in _SLUGS:
+        raise ConfigError(
+            f"unknown sampler {name!r}{nearest(slug, SAMPLERS)}; expected one of {', '.join(SAMPLERS)} "
+            "(those over noise levels also with -karras or -exponential), or a diffusers class name."
+        )
+    entry = _SLUGS[slug]
+    options = dict(entry.options)
+    return entry.sampler, options | (_spaced(entry.sampler, spacing) if spacing else {})
+
+
+def _spaced(sampler: type[Sampler], spacing: str) -> dict[str, Any]:
+    """The options that put `spacing` in place of any other."""
+    has = {option.name for option in sampler.options()}
+    valid = [
+        *(TIMESTEP_SPACINGS if "timestep_spacing" in has else ()),
+        *(kind for kind in _SUFFIXES.values() if f"use_{kind}_sigmas" in has),
+        *(AYS_SPACINGS if sampler.takes_timesteps else ()),
+    ]
+    if spacing not in valid:
+        raise ConfigError(
+            f"spacing got {spacing!r}{nearest(spacing, valid)}; expected for {_name_of(sampler)}: "
+            f"{', '.join(valid) or 'none'}. Leave it out, or choose another sampler."
+        )
+    options: dict[str, Any] = dict.fromkeys(
+        ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"), False
+    )
+    if spacing in TIMESTEP_SPACINGS:
+        options["timestep_spacing"] = spacing
+    elif spacing not in AYS_SPACINGS:
+        options[f"use_{spacing}_sigmas"] = True
+    return options
+
+
+def _name_of(sampler: type[Sampler]) -> str:
+    return next(slug for slug, entry in _SLUGS.items() if entry.sampler is sampler)
+
+
+def _class_name(sampler: Sampler) -> str:
+    return next(name for name, kind in _CLASSES.items() if kind is type(sampler))

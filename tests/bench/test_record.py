@@ -1,0 +1,58 @@
+"""Published files: named by date, subject and processor; their provenance survives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+import rt
+from rt.bench import record
+from rt.bench.record import Provenance, publish
+
+
+def test_publish_writes_figures_and_provenance(tmp_path: Path) -> None:
+    path = publish("start-up", {"import_s": 0.05}, tmp_path / "new")
+    body = json.loads(path.read_text())
+    provenance = Provenance.from_json(body.pop("provenance"))
+    assert body == {"import_s": 0.05}
+    assert provenance == Provenance.now()
+    assert path.name == f"{date.today().isoformat()}-start-up-{provenance.machine.kind}.json"
+
+
+def test_versions_name_what_runs() -> None:
+    versions = Provenance.now().versions
+    assert versions["rt"] == rt.__version__
+    assert {"python", "numpy"} < set(versions)
+    assert all(versions.values())
+
+
+def test_provenance_survives_json() -> None:
+    now = Provenance.now()
+    assert Provenance.from_json(json.loads(json.dumps(asdict(now)))) == now
+
+
+def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, check=True
+        )
+        return done.stdout.decode().strip()
+
+    monkeypatch.setattr(rt, "__file__", str(tmp_path / "rt" / "__init__.py"))
+    assert record._commit() is None
+    git("init")
+    assert record._commit() is None
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v9", "-m", "a tag is not a commit")
+    head = git("rev-parse", "HEAD")
+    assert record._commit() == head[:12]
+    (tmp_path / "file").write_text("2")
+    assert record._commit() == head[:12] + "-dirty"

@@ -1,0 +1,53 @@
+"""Fixtures that the whole suite shares: bundles, built once a session, and torch on few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The checkpoint of the quick start, a diffusers folder."""
+    return ROOT / "examples" / "emoji-ldm"
+
+
+@pytest.fixture(scope="session")
+def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`build_bundle(model, dtype="fp32", batch_size=(1,))`: each combination is built once a session."""
+    built: dict[tuple[object, ...], Path] = {}
+
+    def build_once(model: str | Path, dtype: str = "fp32", batch_size: tuple[int, ...] = (1,)) -> Path:
+        from rt.config import BuildConfig, DType
+        from rt.export.build import build, default_profiles
+        from rt.export.checkpoint import open_checkpoint
+
+        key = (str(model), dtype, batch_size)
+        if key not in built:
+            checkpoint = open_checkpoint(str(model))
+            profiles = default_profiles(checkpoint, batch_size=batch_size)
+            path = tmp_path_factory.mktemp("bundles") / "bundle"
+            build(checkpoint, path, BuildConfig(profiles=profiles, dtype=DType(dtype), backend="openvino"))
+            built[key] = path
+        return built[key]
+
+    return build_once
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(build_bundle: Callable[..., Path], demo_model: Path) -> Path:
+    """The demo model in fp32 for one and two pictures at once. Read only; copy it before damaging it."""
+    return build_bundle(demo_model, batch_size=(1, 2))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(build_bundle: Callable[..., Path]) -> Path:
+    """A random model of SD 1.5's shape with few channels, in fp32. Read only."""
+    return build_bundle("synthetic:tiny")

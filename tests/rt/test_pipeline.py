@@ -1,0 +1,362 @@
+"""Arguments, seeds, outputs, callbacks, interruption and threads of `Pipeline.__call__`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import string
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rt
+from rt.errors import ArgumentError, BackendUnavailableError, BundleError, ConfigError, NumericsError, ShapeError
+from rt.model import Component
+from rt.samplers import Scheduler
+from rt.shapes import ShapeProfile
+
+LATENTS = (4, 16, 16)
+FAST: dict[str, Any] = {"num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipe(demo_bundle: Path) -> rt.Pipeline:
+    return rt.Pipeline.from_bundle(demo_bundle)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+@pytest.fixture
+def words(rng: np.random.Generator) -> Callable[[], str]:
+    return lambda: " ".join("".join(rng.choice(list(string.ascii_lowercase), n)) for n in rng.integers(1, 6, 3))
+
+
+WRONG: list[tuple[dict[str, Any], type[ConfigError], str]] = [
+    ({"num_inference_step": 3}, ArgumentError, "'num_inference_step' (did you mean 'num_inference_steps'?); valid: prompt, "),
+    ({"promt": "x"}, ArgumentError, "'promt' (did you mean 'prompt'?)"),
+    ({"guidance": 3}, ArgumentError, "'guidance' (did you mean 'guidance_"),
+    ({"zzzzzz": 3}, ArgumentError, "unknown argument 'zzzzzz'; valid: "),
+    ({"generator": 3}, ArgumentError, "'generator' (did you mean 'seed'?)"),
+    ({"steps": 3}, ArgumentError, "'steps' (did you mean 'num_inference_steps'?)"),
+    ({"cfg_scale": 3}, ArgumentError, "'cfg_scale' (did you mean 'guidance_scale'?)"),
+    ({"sampler": "ddim"}, ArgumentError, "'sampler' (did you mean 'scheduler'?)"),
+    ({"batch_size": 3}, ArgumentError, "'batch_size' (did you mean 'num_images_per_prompt'?)"),
+    ({"prompt": None}, ConfigError, "prompt is None; give a string or a non-empty list of strings"),
+    ({"prompt": []}, ConfigError, "prompt is []; give a string"),
+    ({"prompt": 3}, ConfigError, "prompt is 3; give a string"),
+    ({"prompt": b"heart"}, ConfigError, "prompt is b'heart'; give a string"),
+    ({"prompt": ["a", None]}, ConfigError, "prompt is ['a', None]; give a string"),
+    ({"negative_prompt": ["a", "b"]}, ConfigError, "2 negative prompts for 1 prompts; give one for all or one for each"),
+    ({"num_images_per_prompt": 0}, ConfigError, "num_images_per_prompt is 0; it must be a whole number of at least 1"),
+    ({"num_images_per_prompt": 1.5}, ConfigError, "num_images_per_prompt is 1.5;"),
+    ({"seed": [1, 2]}, ConfigError, "2 seeds for 1 pictures; give one for each, or the first one only"),
+    ({"seed": []}, ConfigError, "0 seeds for 1 pictures"),
+    ({"seed": 1.5}, ConfigError, "seed is 1.5; give a whole number"),
+    ({"seed": "7"}, ConfigError, "seed is '7'; give a whole number"),
+    ({"seed": [1.5]}, ConfigError, "seed is [1.5]; give a whole number"),
+    ({"seed": 2**64}, ConfigError, f"seed {2**64} does not fit into 64 bits"),
+    ({"output_type": "pt"}, ConfigError, "output_type 'pt' does not exist; use one of pil, np, latent"),
+    ({"latents": np.zeros((2, *LATENTS))}, ConfigError, "latents are (2, 4, 16, 16); this call needs (1, 4, 16, 16)"),
+    ({"latents": np.zeros(LATENTS)}, ConfigError, "latents are (4, 16, 16); this call needs (1, 4, 16, 16)"),
+    ({"height": 512}, ShapeError, "size 512 x any (height x width) is not in this bundle, which was built for 64 x 64"),
+    ({"height": 64, "width": 65}, ShapeError, "size 64 x 65"),
+    ({"scheduler": "eular"}, ConfigError, "unknown sampler 'eular' (did you mean 'euler'?); expected one of ddim, "),
+    ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, ConfigError, "unknown sampler 'FlowMatchEuler"),
+    ({"num_inference_steps": 0}, ConfigError, "num_inference_steps got 0; expected a whole number from 1 to 1000"),
+    ({"num_inference_steps": 2.0}, ConfigError, "num_inference_steps got 2.0;"),
+    ({"num_inference_steps": 1001}, ConfigError, "num_inference_steps got 1001;"),
+    ({"eta": 0.5, "scheduler": "euler"}, ConfigError, "euler: eta got 0.5; only ddim and tcd have it"),
+    ({"eta": 1.5, "scheduler": "ddim"}, ConfigError, "ddim: eta got 1.5; expected a number from 0 to 1"),
+    ({"timesteps": [1, 2], "scheduler": "euler"}, ConfigError, "timesteps got [1, 2]; expected each below the one before"),
+    ({"timesteps": [], "scheduler": "euler"}, ConfigError, "num_inference_steps got 0"),
+    ({"timesteps": [2, 1], "scheduler": "pndm"}, ConfigError, "pndm: got timesteps, which it cannot take"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "says"), WRONG, ids=[f"{i}-{next(iter(w[0]))}" for i, w in enumerate(WRONG)])
+def test_what_has_no_meaning_is_refused_in_one_line(pipe, arguments, error, says):
+    with pytest.raises(error, match=re.escape(says)) as caught:
+        pipe(**{"prompt": "x", **FAST, **arguments})
+    assert type(caught.value) is error
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_argument_is_also_a_type_error(pipe):
+    with pytest.raises(TypeError):
+        pipe("x", promptt="y")
+
+
+def test_what_cannot_be_opened(tmp_path, demo_bundle):
+    with pytest.raises(BundleError, match="is not a bundle"):
+        rt.Pipeline.from_bundle(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape("'openvin' does not exist (did you mean 'openvino'?); use one of auto,")):
+        rt.Pipeline.from_bundle(demo_bundle, backend="openvin")
+
+
+def test_a_missing_engine_is_named_with_its_command(demo_bundle, monkeypatch):
+    from rt.backends import openvino_cpu
+    from rt.backends.openvino_cpu import PackageNotFoundError
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(openvino_cpu, "version", missing)
+    with pytest.raises(BackendUnavailableError, match="openvino: not installed; run: pip install \"openvino"):
+        rt.Pipeline.from_bundle(demo_bundle, backend="openvino")
+    assert rt.Pipeline.from_bundle(demo_bundle).engines.backend.name == "onnxruntime"
+
+
+def test_seeds(pipe, words, rng):
+    """Picture i of seed s is the picture of seed s + i, whatever is drawn with it."""
+    prompt, seed = words(), int(rng.integers(2**62))
+    four = pipe(prompt, seed=seed, num_images_per_prompt=4, output_type="latent", **FAST)
+    assert four.seeds == [seed + i for i in range(4)]
+    listed = pipe([prompt] * 2, seed=[seed + 3, seed], output_type="latent", **FAST)
+    assert listed.seeds == [seed + 3, seed]
+    np.testing.assert_allclose(listed.images, [four.images[3], four.images[0]], atol=1e-5)
+    alone = pipe(prompt, seed=np.int64(seed + 2), output_type="latent", **FAST)
+    assert alone.seeds == [seed + 2] and type(alone.seeds[0]) is int
+    np.testing.assert_allclose(alone.images[0], four.images[2], atol=1e-5)
+    assert np.abs(four.images[0] - four.images[1]).max() > 0.1
+
+
+def test_zero_is_a_seed_and_none_is_a_random_one(pipe, words):
+    prompt = words()
+    assert pipe(prompt, seed=0, **FAST).seeds == [0]
+    first, second = (pipe(prompt, output_type="latent", **FAST) for _ in range(2))
+    assert first.seeds != second.seeds
+    again = pipe(prompt, seed=first.seeds, output_type="latent", **FAST)
+    np.testing.assert_array_equal(again.images, first.images)
+    assert np.abs(first.images[0] - second.images[0]).max() > 0.1
+
+
+def test_output_types(pipe, words, rng):
+    arguments = {"prompt": words(), "seed": int(rng.integers(2**32)), "num_images_per_prompt": 3, **FAST}
+    pil, array, latent = (pipe(**arguments, output_type=kind).images for kind in ("pil", "np", "latent"))
+    assert [len(images) for images in (pil, array, latent)] == [3, 3, 3]
+    for picture, pixels, latents in zip(pil, array, latent, strict=True):
+        assert (picture.mode, picture.size) == ("RGB", (64, 64))
+        assert (pixels.dtype, pixels.shape) == (np.float32, (64, 64, 3))
+        assert 0 <= pixels.min() < pixels.max() <= 1
+        assert (latents.dtype, latents.shape) == (np.float32, LATENTS)
+        assert np.abs(np.asarray(picture) - pixels * 255.0).max() <= 0.5 + 1e-3
+    assert not any(np.shares_memory(a, b) for a in latent for b in latent if a is not b)
+
+
+def test_the_same_call_gives_the_same_bytes(pipe, demo_bundle, words, rng):
+    arguments = {"prompt": words(), "seed": int(rng.integers(2**32)), "scheduler": "euler-a", **FAST}
+    first = pipe(**arguments).images[0].tobytes()
+    pipe(words(), seed=1, num_images_per_prompt=2, guidance_scale=1.0, **FAST)
+    assert pipe(**arguments).images[0].tobytes() == first
+    assert rt.Pipeline.from_bundle(demo_bundle)(**arguments).images[0].tobytes() == first
+
+
+def test_both_backends_draw_the_same_picture(pipe, demo_bundle, words, rng):
+    arguments = {"prompt": words(), "seed": int(rng.integers(2**32)), "output_type": "np", "num_inference_steps": 5}
+    other = rt.Pipeline.from_bundle(demo_bundle, backend="onnxruntime")
+    assert np.abs(pipe(**arguments).images[0] - other(**arguments).images[0]).max() <= 2 / 255
+
+
+def test_callback_sees_every_step_of_every_batch(pipe, words, rng):
+    seen: list[tuple[int, float, tuple[int, ...]]] = []
+    last: dict[int, Any] = {}
+
+    def callback(given: rt.Pipeline, step: int, timestep: float, tensors: dict[str, Any]) -> None:
+        assert given is pipe
+        assert list(tensors) == ["latents"]
+        seen.append((step, timestep, tensors["latents"].shape))
+        last[len(seen)] = tensors["latents"]
+
+    config = pipe.bundle.manifest.model.scheduler
+    scheduler = Scheduler.from_config(config, "heun")
+    schedule = scheduler.schedule(4)
+    result = pipe(
+        words(), num_images_per_prompt=3, seed=5, num_inference_steps=4, scheduler=scheduler,
+        callback_on_step_end=callback, output_type="latent",
+    )  # fmt: skip
+    expected = [(i, float(t), (size, *LATENTS)) for size in (2, 1) for i, t in enumerate(schedule.timesteps)]
+    assert seen == expected
+    np.testing.assert_array_equal(np.concatenate([last[len(schedule)], last[2 * len(schedule)]]), result.images)
+    assert result.timings.steps == len(seen) == pipe.unet_calls(schedule, 3)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_callback_may_replace_the_latents(pipe, words, rng, in_place):
+    other = rng.standard_normal((2, *LATENTS), dtype=np.float32)
+    seen = []
+
+    def callback(given: Any, step: int, timestep: float, tensors: dict[str, Any]) -> Any:
+        seen.append(tensors["latents"].copy())
+        if step != 2:
+            return None
+        if in_place:
+            tensors["latents"][...] = other
+            return tensors
+        return {"latents": other}
+
+    arguments = {"seed": 3, "num_images_per_prompt": 2, "scheduler": "ddim", "output_type": "latent"}
+    prompt = words()
+    replaced = pipe(prompt, num_inference_steps=3, callback_on_step_end=callback, **arguments)
+    np.testing.assert_array_equal(replaced.images, other)
+    middle = pipe(prompt, num_inference_steps=5, callback_on_step_end=callback, **arguments)
+    plain = pipe(prompt, num_inference_steps=5, callback_on_step_end=lambda *step: {}, **arguments)
+    assert np.abs(np.array(middle.images) - plain.images).max() > 0.1
+    assert len(seen) == 8
+
+
+def test_an_error_in_the_callback_passes_through_and_the_pipeline_goes_on(pipe, words):
+    def callback(*step: Any) -> None:
+        raise LookupError("mine")
+
+    prompt = words()
+    before = pipe(prompt, seed=1, **FAST).images[0].tobytes()
+    with pytest.raises(LookupError, match="mine"):
+        pipe(prompt, seed=1, callback_on_step_end=callback, **FAST)
+    assert pipe(prompt, seed=1, **FAST).images[0].tobytes() == before
+
+
+def test_interrupt_from_another_thread_stops_at_the_next_step(pipe, words):
+    reached, asked = threading.Event(), threading.Event()
+    steps, kept = [], []
+
+    def callback(given: rt.Pipeline, step: int, timestep: float, tensors: dict[str, Any]) -> None:
+        steps.append(step)
+        kept.append(tensors["latents"].copy())
+        if step == 3:
+            reached.set()
+            assert asked.wait(30)
+
+    def other() -> None:
+        assert reached.wait(30)
+        pipe.interrupt()
+        asked.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    result = pipe(
+        words(), num_images_per_prompt=4, num_inference_steps=50, seed=1,
+        callback_on_step_end=callback, output_type="latent",
+    )  # fmt: skip
+    thread.join()
+    assert steps == [0, 1, 2, 3]
+    np.testing.assert_array_equal(result.images, kept[-1])
+    assert result.seeds == [1, 2], "a seed for each picture that was drawn"
+    assert len(pipe(words(), num_images_per_prompt=3, **FAST).images) == 3
+
+
+def test_interrupt_while_idle_does_not_touch_the_next_call(pipe, words):
+    pipe.interrupt()
+    assert len(pipe(words(), num_images_per_prompt=3, **FAST).images) == 3
+
+
+def test_threads_take_turns(pipe, words, rng):
+    """Eight threads with nothing in common draw what one would."""
+    calls = [
+        {
+            "prompt": words(),
+            "negative_prompt": words() if i % 3 == 0 else None,
+            "seed": int(rng.integers(2**32)),
+            "scheduler": ("euler-a", "pndm", "ddim", "heun")[i % 4],
+            "num_inference_steps": 2 + i % 3,
+            "num_images_per_prompt": 1 + i % 2,
+            "guidance_scale": 1.0 if i % 4 == 1 else 6.0,
+        }
+        for i in range(8)
+    ]
+
+    def draw(arguments: dict[str, Any]) -> list[bytes]:
+        return [image.tobytes() for image in pipe(**arguments).images]
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(draw, calls))
+    assert together == [draw(arguments) for arguments in calls]
+
+
+def test_timings_add_up(pipe, words):
+    pipe(words(), num_images_per_prompt=2, **FAST)
+    started = time.perf_counter()
+    timings = pipe(words(), num_images_per_prompt=2, num_inference_steps=6, callback_on_step_end=lambda *s: None).timings
+    wall = time.perf_counter() - started
+    parts = timings.load_s + timings.text_s + timings.denoise_s + timings.decode_s
+    assert min(timings.text_s, timings.denoise_s, timings.decode_s) > 0
+    assert parts <= timings.total_s <= wall
+    assert timings.total_s - parts < 0.1 * timings.total_s + 0.05
+    assert timings.load_s < 0.2 * timings.total_s
+    assert timings.steps == 6
+
+
+def test_a_prompt_that_does_not_fit_is_cut_with_a_warning(pipe, caplog):
+    long = "a red heart with " + " ".join(["blue"] * 40)
+    with caplog.at_level(logging.WARNING, "rt"):
+        pipe(long, seed=1, **FAST)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the prompt has ")
+    caplog.clear()
+    pipe("a red heart", seed=1, **FAST)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("component", list(Component), ids=lambda component: component.value)
+def test_what_is_not_finite_is_an_error_with_its_component(pipe, component, words, monkeypatch):
+    if component is Component.TEXT_ENCODER_2:
+        pytest.skip("the demo model has one text encoder")
+    prompt = words()
+    before = pipe(prompt, seed=1, **FAST).images[0].tobytes()
+    profile = {Component.TEXT_ENCODER: None}.get(component, ShapeProfile(64, 64))
+    engine = pipe.engines.get(component, profile, guided=component is Component.UNET)
+
+    def broken() -> None:
+        for output in engine.outputs.values():
+            output.flat[-1] = np.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "enqueue", broken)
+        with pytest.raises(NumericsError, match=rf"^{component.value} gave NaN or Inf") as caught:
+            pipe(prompt, seed=1, **FAST)
+    assert "\n" not in str(caught.value)
+    assert pipe(prompt, seed=1, **FAST).images[0].tobytes() == before
+
+
+def test_given_latents_are_left_alone_and_may_be_of_any_float(pipe, words, rng):
+    latents = rng.standard_normal((1, *LATENTS))
+    before = latents.copy()
+    prompt = words()
+    double, single = (
+        pipe(prompt, latents=array, seed=1, scheduler="euler-a", output_type="latent", **FAST).images[0]
+        for array in (latents, latents.astype(np.float32))
+    )
+    np.testing.assert_array_equal(double, single)
+    np.testing.assert_array_equal(latents, before)
+
+
+def test_timesteps_say_how_many_steps_there_are(pipe, words):
+    seen = []
+    pipe(words(), timesteps=[900, 500, 20], scheduler="euler", callback_on_step_end=lambda p, i, t, kw: seen.append(t))
+    assert seen == [900, 500, 20]
+
+
+def test_a_negative_prompt_serves_all_prompts(pipe, words):
+    prompts, negative = [words(), words()], words()
+    one = pipe(prompts, negative_prompt=negative, seed=4, output_type="latent", **FAST)
+    each = pipe(prompts, negative_prompt=[negative] * 2, seed=4, output_type="latent", **FAST)
+    np.testing.assert_array_equal(one.images, each.images)
+    none = pipe(prompts, seed=4, output_type="latent", **FAST)
+    empty = pipe(prompts, negative_prompt="", seed=4, output_type="latent", **FAST)
+    np.testing.assert_array_equal(none.images, empty.images)
+    assert np.abs(np.array(one.images) - none.images).max() > 1e-3
+
+
+def test_repr(pipe, demo_bundle):
+    assert repr(pipe) == f"Pipeline({str(demo_bundle)!r}, backend='openvino')"
+    result = pipe("x", seed=1, **FAST)
+    assert "seeds=[1]" in repr(result) and "denoise_s=" in repr(result.timings)
