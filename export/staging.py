@@ -33,7 +33,9 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         stage.chmod(0o755)
     except OSError as error:
-        raise BuildError(f"cannot write next to {target}: {error.strerror}") from None
+        raise BuildError(
+            f"cannot make {target}: {error.filename}: {error.strerror}; choose another -o"
+        ) from None
     try:
         with _locked(stage):
             yield stage

@@ -119,7 +119,8 @@ class Trajectory:
             self._m *= np.float32(self._rescale * cond.std() / self._m.std() + 1 - self._rescale)
 
     def _slot(self, index: int) -> Float32:
-        return self._state[index].reshape(self._shape)
+        slot: Float32 = self._state[index].reshape(self._shape)
+        return slot
 
 
 def _ring_weights(schedule: Schedule) -> Float32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ def compare(engine: Engine, reference: Path, *, name: str, dtype: DType) -> dict
     """
     try:
         arrays = dict(np.load(reference, allow_pickle=False))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BadZipFile) as error:
         raise IntegrityError(f"{reference} cannot be read: {error}") from None
     for buffer in engine.outputs.values():
         buffer.fill(np.nan)  # an output that the engine leaves alone must not pass

@@ -46,7 +46,7 @@ def choose(name: str, dtype: DType, preferred: str = "") -> tuple[Backend, str]:
         if problem := backend.available().problem:
             raise BackendUnavailableError(f"{name}: {problem}")
         if reason := backend.refuses(dtype):
-            raise ConfigError(f"{name} cannot run this bundle: {reason}")
+            raise ConfigError(f"{name} cannot run {dtype.value} graphs: {reason}")
         return backend, f"{name}: as asked"
     passed_over: list[str] = []
     for candidate in sorted(BACKENDS.values(), key=lambda backend: backend.name != preferred):
@@ -58,7 +58,7 @@ def choose(name: str, dtype: DType, preferred: str = "") -> tuple[Backend, str]:
                 f"{candidate.name}: computes {dtype.value} graphs in {candidate.arithmetic(dtype)}{why}",
             )
         passed_over.append(f"{candidate.name} ({problem})")
-    raise BackendUnavailableError(f"no engine can run this bundle: {'; '.join(passed_over)}")
+    raise BackendUnavailableError(f"no engine can run {dtype.value} graphs: {'; '.join(passed_over)}")
 
 
 def cpu_count() -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rt.config import DType
+from rt.errors import BackendError
 from rt.shapes import TensorSpec
 
 Array = NDArray[Any]
@@ -75,6 +76,13 @@ class Backend(Protocol):
         Raises:
             BackendError: When the library refuses the file.
         """
+
+
+def failure(what: str, error: Exception, reason: str) -> Exception:
+    """A library's error as one of ours: MemoryError where memory ran out, whatever the library calls it."""
+    if any(sign in str(error) for sign in ("bad_alloc", "can't alloc", "allocate memory")):
+        return MemoryError(what)
+    return BackendError(f"{what}: {reason}")
 
 
 def buffers(specs: Sequence[TensorSpec]) -> dict[str, Array]:

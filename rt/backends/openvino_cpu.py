@@ -11,9 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rt.backends.base import Array, Availability, buffers
+from rt.backends.base import Array, Availability, buffers, failure
 from rt.config import DType
-from rt.errors import BackendError
 from rt.extras import install_line
 from rt.shapes import TensorSpec
 
@@ -61,7 +60,7 @@ class OpenVINO:
             model = self._core.compile_model(self._core.read_model(path), "CPU", options)
             return OpenVINOEngine(model, buffers(inputs), buffers(outputs))
         except RuntimeError as error:
-            raise BackendError(f"openvino cannot load {path}: {_last_line(error)}") from error
+            raise failure(f"openvino cannot load {path}", error, _last_line(error)) from error
 
     @cached_property
     def _core(self) -> openvino.Core:
@@ -93,7 +92,7 @@ class OpenVINOEngine:
             self._request.start_async()
             self._request.wait()
         except RuntimeError as error:
-            raise BackendError(f"openvino failed while running: {_last_line(error)}") from error
+            raise failure("openvino failed while running", error, _last_line(error)) from error
 
 
 def _last_line(error: Exception) -> str:

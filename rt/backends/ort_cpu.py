@@ -10,9 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rt.backends.base import Array, Availability, buffers
+from rt.backends.base import Array, Availability, buffers, failure
 from rt.config import DType
-from rt.errors import BackendError
 from rt.extras import install_line
 from rt.shapes import TensorSpec
 
@@ -58,11 +57,11 @@ class OnnxRuntime:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # fatal only: it raises what it would log
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class but Exception
-            raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
+            raise failure(f"onnxruntime cannot load {path}", error, _one_line(error)) from error
         return OnnxRuntimeEngine(session, buffers(inputs), buffers(outputs))
 
 
@@ -84,4 +83,8 @@ class OnnxRuntimeEngine:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            raise BackendError(f"onnxruntime failed while running: {error}") from error
+            raise failure("onnxruntime failed while running", error, _one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -83,7 +84,6 @@ def test_overhead_is_the_time_outside_the_engine(spec: ModelSpec) -> None:
     loop = Loop(calls=10, denoise=Samples(tuple(denoise)), engine=Samples(tuple(engine)))
     assert loop.step_s >= 0.010
     assert 0.004 <= loop.overhead_s <= loop.step_s - 0.006
-    assert loop.overhead_percent == pytest.approx(100 * loop.overhead_s / loop.step_s, abs=10)
 
 
 def test_every_engine_and_the_whole_way_are_measured(tiny_bundle: Path, spec: ModelSpec) -> None:
@@ -185,9 +185,10 @@ def test_plot_without_matplotlib_says_what_to_install(
     monkeypatch.setattr("rt.cli.bench.measure", lambda *args, **kwargs: pytest.fail("measured first"))
     result = bench(tiny_bundle, *QUICK_OPTIONS, "--plot", tmp_path / "plot.png")
     assert isinstance(result.exception, BackendUnavailableError)
-    assert 'rt bench --plot needs matplotlib, which is not installed; run: pip install "matplotlib>=' in str(
-        result.exception
+    message = (
+        r'rt bench --plot needs matplotlib\S*, which is not installed; run: pip install "matplotlib>=\S+"$'
     )
+    assert re.match(message, str(result.exception))
 
 
 def test_measuring_needs_neither_torch_nor_matplotlib(tiny_bundle: Path) -> None:
