@@ -59,7 +59,7 @@ def command(bundle: Path, steps: int, rounds: int, out: Path) -> None:
     for name, each in samples.items():
         click.echo(f"{name:<16}{each.median * 1e3:>10.4g} ms a step{ratios[name]:>8.3f} of by hand")
     publish(
-        "against-openvino",
+        f"against-openvino {subject.model} {subject.dtype}",
         {
             "subject": asdict(subject),
             "steps": steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -59,9 +60,10 @@ class Provenance:
 
 
 def publish(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write figures with their provenance to `folder`/DATE-NAME-PROCESSOR.json."""
+    """Write figures with their provenance to `folder`/DATE-NAME-PROCESSOR.json, the name fit for a file."""
     provenance = Provenance.now()
-    path = folder / f"{provenance.date}-{name}-{provenance.machine.kind}.json"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    path = folder / f"{provenance.date}-{slug}-{provenance.machine.kind}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": asdict(provenance), **figures}, indent=1) + "\n")
     return path

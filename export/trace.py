@@ -116,7 +116,7 @@ def trace(
         yield _trace(component.value, component, None, False, encoder, _text_inputs(module, spec), outputs)
     elif component is Component.VAE_DECODER:
         for profile in dict.fromkeys(ShapeProfile(p.height, p.width) for p in profiles):
-            inputs = {"latents": _randn(_latents(spec, profile))}
+            inputs = {"latents": _randn((1, *spec.latent_shape(profile.height, profile.width)))}
             name = f"{component.value}-{profile.height}x{profile.width}"
             yield _trace(name, component, profile, False, VAEDecoder(module), inputs, ("image",))
     else:
@@ -165,7 +165,7 @@ def _unet_inputs(spec: ModelSpec, profile: ShapeProfile, guided: bool) -> dict[s
     rows = profile.batch_size * (2 if guided else 1)
     generator = _generator()
     inputs = {
-        "latents": _randn(_latents(spec, profile), generator),
+        "latents": _randn((profile.batch_size, *spec.latent_shape(profile.height, profile.width)), generator),
         "timestep": torch.randint(1, TRAIN_TIMESTEPS, (profile.batch_size,), generator=generator).float(),
         "context": _randn((rows, spec.max_tokens, spec.context_size), generator),
     }
@@ -174,11 +174,6 @@ def _unet_inputs(spec: ModelSpec, profile: ShapeProfile, guided: bool) -> dict[s
         inputs["pooled"] = _randn((rows, spec.pooled_size), generator)
         inputs["sizes"] = torch.tensor([[*size, 0, 0, *size]] * rows, dtype=torch.float32)
     return inputs
-
-
-def _latents(spec: ModelSpec, profile: ShapeProfile) -> tuple[int, ...]:
-    scale = spec.vae_scale_factor
-    return (profile.batch_size, spec.latent_channels, profile.height // scale, profile.width // scale)
 
 
 def _generator() -> torch.Generator:

@@ -56,6 +56,10 @@ class ModelSpec:
     zero_negative: bool
     scheduler: Mapping[str, Any]
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, rows and columns of the latents of a picture of `height` x `width` pixels."""
+        return (self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; `from_json` is the inverse."""
         return asdict(self)

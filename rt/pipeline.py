@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -16,10 +14,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rt.arguments import (
+    check_count,
+    check_latents,
+    check_negative_prompts,
+    check_output_type,
+    check_prompts,
+    check_seeds,
+    unknown_argument,
+)
 from rt.backends import AUTO
 from rt.bundle import Bundle
 from rt.engines import EngineKey, Engines
-from rt.errors import ArgumentError, ConfigError, NumericsError, nearest
+from rt.errors import NumericsError
 from rt.images import postprocess, to_pil
 from rt.model import Component
 from rt.noise import Generator
@@ -33,19 +40,6 @@ logger = logging.getLogger(__name__)
 
 OutputType = Literal["pil", "np", "latent"]
 Callback = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
-
-_OUTPUT_TYPES = ("pil", "np", "latent")
-# What other tools call the same thing.
-_ALIASES = {
-    "generator": "seed",
-    "seeds": "seed",
-    "steps": "num_inference_steps",
-    "cfg_scale": "guidance_scale",
-    "sampler": "scheduler",
-    "n": "num_images_per_prompt",
-    "batch_size": "num_images_per_prompt",
-    "prompts": "prompt",
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -178,19 +172,17 @@ class Pipeline:
             NumericsError: When a component gives NaN or Inf.
         """
         if unknown:
-            raise _unknown_argument(next(iter(unknown)))
+            raise unknown_argument(next(iter(unknown)), self.__call__)
         started = time.perf_counter()
-        prompts = _prompts(prompt)
-        negatives = _negative_prompts(negative_prompt, len(prompts))
-        count = _count(num_images_per_prompt) * len(prompts)
-        seeds = _seeds(seed, count)
-        if output_type not in _OUTPUT_TYPES:
-            raise ConfigError(
-                f"output_type {output_type!r} does not exist; use one of {', '.join(_OUTPUT_TYPES)}"
-            )
+        prompts = check_prompts(prompt)
+        negatives = check_negative_prompts(negative_prompt, len(prompts))
+        repeats = check_count(num_images_per_prompt)
+        count = repeats * len(prompts)
+        seeds = check_seeds(seed, count)
+        check_output_type(output_type)
         size = choose_size(self._profiles, height, width)
+        given = check_latents(latents, (count, *self.bundle.manifest.model.latent_shape(*size)))
         schedule = self._schedule(scheduler, num_inference_steps, timesteps, eta)
-        given = self._given_latents(latents, count, size)
 
         with self._lock:
             self._interrupt = False
@@ -203,11 +195,11 @@ class Pipeline:
                 Row(
                     schedule=schedule,
                     noise=Generator(seeds[index]),
-                    cond=pairs[index // num_images_per_prompt][0],
-                    uncond=pairs[index // num_images_per_prompt][1],
+                    cond=pairs[index // repeats][0],
+                    uncond=pairs[index // repeats][1],
                     guidance_scale=guidance_scale,
                     guidance_rescale=guidance_rescale,
-                    latents=None if given is None else given[index],
+                    latents=given[index],
                 )
                 for index in range(count)
             ]
@@ -244,7 +236,9 @@ class Pipeline:
     ) -> Schedule:
         if not isinstance(scheduler, Scheduler):
             scheduler = Scheduler.from_config(self.bundle.manifest.model.scheduler, scheduler)
-        return scheduler.schedule(len(timesteps) if timesteps is not None else steps, timesteps=timesteps, eta=eta)
+        return scheduler.schedule(
+            len(timesteps) if timesteps is not None else steps, timesteps=timesteps, eta=eta
+        )
 
     def _encode(
         self, prompts: Sequence[str], negatives: Sequence[str | None], *, guided: bool
@@ -325,25 +319,6 @@ class Pipeline:
             return np.clip(image / 2 + 0.5, 0, 1)
         return to_pil(postprocess(image))
 
-    def _given_latents(
-        self, latents: NDArray[np.float32] | None, count: int, size: tuple[int, int]
-    ) -> NDArray[np.float32] | None:
-        if latents is None:
-            return None
-        spec = self.bundle.manifest.model
-        expected = (
-            count,
-            spec.latent_channels,
-            size[0] // spec.vae_scale_factor,
-            size[1] // spec.vae_scale_factor,
-        )
-        given = np.asarray(latents, np.float32)
-        if given.shape != expected:
-            raise ConfigError(
-                f"latents are {given.shape}; this call needs {expected}: pictures, channels, rows, columns"
-            )
-        return given
-
 
 class _Stopwatch:
     """Seconds by stage."""
@@ -358,49 +333,6 @@ class _Stopwatch:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - started
-
-
-def _unknown_argument(name: str) -> ArgumentError:
-    valid = [*Pipeline.__call__.__annotations__]
-    valid = [argument for argument in valid if argument not in ("unknown", "return")]
-    hint = f" (did you mean {_ALIASES[name]!r}?)" if name in _ALIASES else nearest(name, valid)
-    return ArgumentError(f"unknown argument {name!r}{hint}; valid: {', '.join(valid)}")
-
-
-def _prompts(prompt: object) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
-    if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ConfigError(f"prompt is {prompt!r}; give a string or a non-empty list of strings")
-    return prompts
-
-
-def _negative_prompts(negative: str | Sequence[str] | None, count: int) -> list[str | None]:
-    if negative is None or isinstance(negative, str):
-        return [negative] * count
-    if len(negative) != count:
-        raise ConfigError(
-            f"{len(negative)} negative prompts for {count} prompts; give one for all or one for each"
-        )
-    return list(negative)
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"num_images_per_prompt is {value!r}; it must be a whole number of at least 1")
-    return value
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """Image i has seed + i, so that it does not depend on how many are drawn with it."""
-    if seed is None:
-        seed = secrets.randbits(32)
-    if isinstance(seed, Integral):
-        return [int(seed) + index for index in range(count)]
-    if not isinstance(seed, Sequence) or not all(isinstance(value, Integral) for value in seed):
-        raise ConfigError(f"seed is {seed!r}; give a whole number, or one for each picture")
-    if len(seed) != count:
-        raise ConfigError(f"{len(seed)} seeds for {count} pictures; give one for each, or the first one only")
-    return [int(value) for value in seed]
 
 
 def _check_finite(output: NDArray[Any], component: Component) -> None:

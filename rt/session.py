@@ -58,10 +58,9 @@ class Session:
     """The loop at one shape. Owned by one thread; results are valid until the next `denoise`."""
 
     def __init__(self, engines: Engines, spec: ModelSpec, profile: ShapeProfile) -> None:
-        scale = spec.vae_scale_factor
         self.profile = profile
         self._engines = engines
-        shape = (spec.latent_channels, profile.height // scale, profile.width // scale)
+        shape = spec.latent_shape(profile.height, profile.width)
         self._trajectories = [Trajectory(shape) for _ in range(profile.batch_size)]
 
     def denoise(self, rows: Sequence[Row], on_step: OnStep | None = None) -> list[Float32]:

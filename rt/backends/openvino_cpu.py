@@ -5,6 +5,7 @@ https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-devi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -64,6 +65,8 @@ class OpenVINO:
 
     @cached_property
     def _core(self) -> openvino.Core:
+        # Without its usage statistics, whose import starts a process and may use the network.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         import openvino
 
         return openvino.Core()

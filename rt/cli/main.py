@@ -41,7 +41,7 @@ class _Verbs(click.Group):
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
         # Both --batch-size and --batch_size, as users of diffusers' scripts type it.
-        "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("--") else token,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
 @click.version_option(rt.__version__, prog_name="rt")

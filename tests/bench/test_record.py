@@ -16,12 +16,13 @@ from rt.bench.record import Provenance, publish
 
 
 def test_publish_writes_figures_and_provenance(tmp_path: Path) -> None:
-    path = publish("start-up", {"import_s": 0.05}, tmp_path / "new")
+    path = publish("Start up of synthetic:sd15", {"import_s": 0.05}, tmp_path / "new")
     body = json.loads(path.read_text())
     provenance = Provenance.from_json(body.pop("provenance"))
     assert body == {"import_s": 0.05}
     assert provenance == Provenance.now()
-    assert path.name == f"{date.today().isoformat()}-start-up-{provenance.machine.kind}.json"
+    kind = provenance.machine.kind
+    assert path.name == f"{date.today().isoformat()}-start-up-of-synthetic-sd15-{kind}.json"
 
 
 def test_versions_name_what_runs() -> None:

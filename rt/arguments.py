@@ -1,0 +1,94 @@
+"""What a call of the pipeline was given, checked and brought into one form."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rt.errors import ArgumentError, ConfigError, nearest
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+# What other tools call the same thing.
+_ALIASES = {
+    "generator": "seed",
+    "seeds": "seed",
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "sampler": "scheduler",
+    "n": "num_images_per_prompt",
+    "batch_size": "num_images_per_prompt",
+    "prompts": "prompt",
+}
+
+
+def unknown_argument(name: str, function: Callable[..., object]) -> ArgumentError:
+    """For a keyword that `function` does not take, with the nearest that it does."""
+    valid = [argument for argument in function.__annotations__ if argument not in ("unknown", "return")]
+    hint = f" (did you mean {_ALIASES[name]!r}?)" if name in _ALIASES else nearest(name, valid)
+    return ArgumentError(f"unknown argument {name!r}{hint}; valid: {', '.join(valid)}")
+
+
+def check_prompts(prompt: object) -> list[str]:
+    """One prompt or several, as a list."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ConfigError(f"prompt is {prompt!r}; give a string or a non-empty list of strings")
+    return prompts
+
+
+def check_negative_prompts(negative: str | Sequence[str] | None, count: int) -> list[str | None]:
+    """One for each of `count` prompts; None where none was given, which is not the same as ""."""
+    if negative is None or isinstance(negative, str):
+        return [negative] * count
+    if len(negative) != count:
+        raise ConfigError(
+            f"{len(negative)} negative prompts for {count} prompts; give one for all or one for each"
+        )
+    return list(negative)
+
+
+def check_count(num_images_per_prompt: object) -> int:
+    """Pictures of one prompt."""
+    if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
+        raise ConfigError(
+            f"num_images_per_prompt is {num_images_per_prompt!r}; it must be a whole number of at least 1"
+        )
+    return int(num_images_per_prompt)
+
+
+def check_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One for each picture: picture i has seed + i, so that it does not depend on how many are drawn with it."""
+    if seed is None:
+        seed = secrets.randbits(32)
+    if isinstance(seed, Integral):
+        return [int(seed) + index for index in range(count)]
+    if not isinstance(seed, Sequence) or not all(isinstance(value, Integral) for value in seed):
+        raise ConfigError(f"seed is {seed!r}; give a whole number, or one for each picture")
+    if len(seed) != count:
+        raise ConfigError(f"{len(seed)} seeds for {count} pictures; give one for each, or the first one only")
+    return [int(value) for value in seed]
+
+
+def check_output_type(output_type: str) -> None:
+    """One of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ConfigError(f"output_type {output_type!r} does not exist; use one of {', '.join(OUTPUT_TYPES)}")
+
+
+def check_latents(
+    latents: NDArray[np.float32] | None, expected: tuple[int, ...]
+) -> Sequence[NDArray[np.float32] | None]:
+    """One (C, h, w) a picture, or None for each where none were given; `expected` is (N, C, h, w)."""
+    if latents is None:
+        return [None] * expected[0]
+    given = np.asarray(latents, np.float32)
+    if given.shape != expected:
+        raise ConfigError(
+            f"latents are {given.shape}; this call needs {expected}: pictures, channels, rows, columns"
+        )
+    return list(given)
