@@ -37,10 +37,15 @@ def observe(program: Program) -> Observation:
     """Run `program` on its example inputs.
 
     Raises:
-        NumericsError: When an output has NaN or Inf: no engine could do better.
+        NumericsError: When a weight or an output has NaN or Inf: no engine could do better.
     """
     recorder = _Recorder(program.module)
     with torch.inference_mode():
+        for name, weight in program.module.named_parameters():
+            if not np.isfinite(_largest(weight)):
+                raise NumericsError(
+                    f"{program.component.value}: weight {name!r} has NaN or Inf; get the checkpoint again"
+                )
         results = recorder.run(*program.inputs.values())
     outputs = {name: value.numpy().copy() for name, value in zip(program.outputs, results, strict=True)}
     for name, value in outputs.items():

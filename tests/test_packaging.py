@@ -42,10 +42,20 @@ LEVELS = (
     "engines",
     "session",
     "verify",
+    "arguments",
     "pipeline",
     "cli",
 )
-BUILD_ONLY = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "accelerate", "huggingface_hub"}
+BUILD_ONLY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "accelerate",
+    "huggingface_hub",
+}
 BACKEND_OF = {"openvino": "rt.backends.openvino_cpu", "onnxruntime": "rt.backends.ort_cpu"}
 
 
@@ -180,7 +190,11 @@ def test_the_public_names():
 
 
 def error_classes() -> list[type[errors.RtError]]:
-    return [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.RtError)]
+    return [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, errors.RtError)
+    ]
 
 
 def test_the_tree_of_errors_is_complete():
@@ -208,7 +222,12 @@ def python(code: str, *, cwd: Path, **environment: str) -> str:
     """What a fresh interpreter prints, started in `cwd` with nothing but what is installed."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -230,7 +249,9 @@ def test_import_rt_is_light(tmp_path):
         first, *loaded = python(code, cwd=tmp_path).split()
         seconds.append(float(first))
         modules |= {name.partition(".")[0] for name in loaded}
-    assert modules.isdisjoint({"numpy", "click", "PIL", "tqdm", "tokenizers", "openvino", "onnxruntime", *BUILD_ONLY})
+    assert modules.isdisjoint(
+        {"numpy", "click", "PIL", "tqdm", "tokenizers", "openvino", "onnxruntime", *BUILD_ONLY}
+    )
     assert statistics.median(seconds) < 0.3
 
 

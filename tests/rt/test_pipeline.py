@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 
 import rt
-from rt.errors import ArgumentError, BackendUnavailableError, BundleError, ConfigError, NumericsError, ShapeError
+from rt.errors import (
+    ArgumentError,
+    BackendUnavailableError,
+    BundleError,
+    ConfigError,
+    NumericsError,
+    ShapeError,
+)
 from rt.model import Component
 from rt.samplers import Scheduler
 from rt.shapes import ShapeProfile
@@ -37,11 +44,17 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def words(rng: np.random.Generator) -> Callable[[], str]:
-    return lambda: " ".join("".join(rng.choice(list(string.ascii_lowercase), n)) for n in rng.integers(1, 6, 3))
+    return lambda: " ".join(
+        "".join(rng.choice(list(string.ascii_lowercase), n)) for n in rng.integers(1, 6, 3)
+    )
 
 
 WRONG: list[tuple[dict[str, Any], type[ConfigError], str]] = [
-    ({"num_inference_step": 3}, ArgumentError, "'num_inference_step' (did you mean 'num_inference_steps'?); valid: prompt, "),
+    (
+        {"num_inference_step": 3},
+        ArgumentError,
+        "'num_inference_step' (did you mean 'num_inference_steps'?); valid: prompt, ",
+    ),
     ({"promt": "x"}, ArgumentError, "'promt' (did you mean 'prompt'?)"),
     ({"guidance": 3}, ArgumentError, "'guidance' (did you mean 'guidance_"),
     ({"zzzzzz": 3}, ArgumentError, "unknown argument 'zzzzzz'; valid: "),
@@ -55,8 +68,16 @@ WRONG: list[tuple[dict[str, Any], type[ConfigError], str]] = [
     ({"prompt": 3}, ConfigError, "prompt is 3; give a string"),
     ({"prompt": b"heart"}, ConfigError, "prompt is b'heart'; give a string"),
     ({"prompt": ["a", None]}, ConfigError, "prompt is ['a', None]; give a string"),
-    ({"negative_prompt": ["a", "b"]}, ConfigError, "2 negative prompts for 1 prompts; give one for all or one for each"),
-    ({"num_images_per_prompt": 0}, ConfigError, "num_images_per_prompt is 0; it must be a whole number of at least 1"),
+    (
+        {"negative_prompt": ["a", "b"]},
+        ConfigError,
+        "2 negative prompts for 1 prompts; give one for all or one for each",
+    ),
+    (
+        {"num_images_per_prompt": 0},
+        ConfigError,
+        "num_images_per_prompt is 0; it must be a whole number of at least 1",
+    ),
     ({"num_images_per_prompt": 1.5}, ConfigError, "num_images_per_prompt is 1.5;"),
     ({"seed": [1, 2]}, ConfigError, "2 seeds for 1 pictures; give one for each, or the first one only"),
     ({"seed": []}, ConfigError, "0 seeds for 1 pictures"),
@@ -65,24 +86,46 @@ WRONG: list[tuple[dict[str, Any], type[ConfigError], str]] = [
     ({"seed": [1.5]}, ConfigError, "seed is [1.5]; give a whole number"),
     ({"seed": 2**64}, ConfigError, f"seed {2**64} does not fit into 64 bits"),
     ({"output_type": "pt"}, ConfigError, "output_type 'pt' does not exist; use one of pil, np, latent"),
-    ({"latents": np.zeros((2, *LATENTS))}, ConfigError, "latents are (2, 4, 16, 16); this call needs (1, 4, 16, 16)"),
+    (
+        {"latents": np.zeros((2, *LATENTS))},
+        ConfigError,
+        "latents are (2, 4, 16, 16); this call needs (1, 4, 16, 16)",
+    ),
     ({"latents": np.zeros(LATENTS)}, ConfigError, "latents are (4, 16, 16); this call needs (1, 4, 16, 16)"),
-    ({"height": 512}, ShapeError, "size 512 x any (height x width) is not in this bundle, which was built for 64 x 64"),
+    (
+        {"height": 512},
+        ShapeError,
+        "size 512 x any (height x width) is not in this bundle, which was built for 64 x 64",
+    ),
     ({"height": 64, "width": 65}, ShapeError, "size 64 x 65"),
-    ({"scheduler": "eular"}, ConfigError, "unknown sampler 'eular' (did you mean 'euler'?); expected one of ddim, "),
+    (
+        {"scheduler": "eular"},
+        ConfigError,
+        "unknown sampler 'eular' (did you mean 'euler'?); expected one of ddim, ",
+    ),
     ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, ConfigError, "unknown sampler 'FlowMatchEuler"),
-    ({"num_inference_steps": 0}, ConfigError, "num_inference_steps got 0; expected a whole number from 1 to 1000"),
+    (
+        {"num_inference_steps": 0},
+        ConfigError,
+        "num_inference_steps got 0; expected a whole number from 1 to 1000",
+    ),
     ({"num_inference_steps": 2.0}, ConfigError, "num_inference_steps got 2.0;"),
     ({"num_inference_steps": 1001}, ConfigError, "num_inference_steps got 1001;"),
     ({"eta": 0.5, "scheduler": "euler"}, ConfigError, "euler: eta got 0.5; only ddim and tcd have it"),
     ({"eta": 1.5, "scheduler": "ddim"}, ConfigError, "ddim: eta got 1.5; expected a number from 0 to 1"),
-    ({"timesteps": [1, 2], "scheduler": "euler"}, ConfigError, "timesteps got [1, 2]; expected each below the one before"),
+    (
+        {"timesteps": [1, 2], "scheduler": "euler"},
+        ConfigError,
+        "timesteps got [1, 2]; expected each below the one before",
+    ),
     ({"timesteps": [], "scheduler": "euler"}, ConfigError, "num_inference_steps got 0"),
     ({"timesteps": [2, 1], "scheduler": "pndm"}, ConfigError, "pndm: got timesteps, which it cannot take"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "says"), WRONG, ids=[f"{i}-{next(iter(w[0]))}" for i, w in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"), WRONG, ids=[f"{i}-{next(iter(w[0]))}" for i, w in enumerate(WRONG)]
+)
 def test_what_has_no_meaning_is_refused_in_one_line(pipe, arguments, error, says):
     with pytest.raises(error, match=re.escape(says)) as caught:
         pipe(**{"prompt": "x", **FAST, **arguments})
@@ -99,7 +142,9 @@ def test_an_unknown_argument_is_also_a_type_error(pipe):
 def test_what_cannot_be_opened(tmp_path, demo_bundle):
     with pytest.raises(BundleError, match="is not a bundle"):
         rt.Pipeline.from_bundle(tmp_path)
-    with pytest.raises(ConfigError, match=re.escape("'openvin' does not exist (did you mean 'openvino'?); use one of auto,")):
+    with pytest.raises(
+        ConfigError, match=re.escape("'openvin' does not exist (did you mean 'openvino'?); use one of auto,")
+    ):
         rt.Pipeline.from_bundle(demo_bundle, backend="openvin")
 
 
@@ -111,7 +156,7 @@ def test_a_missing_engine_is_named_with_its_command(demo_bundle, monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(openvino_cpu, "version", missing)
-    with pytest.raises(BackendUnavailableError, match="openvino: not installed; run: pip install \"openvino"):
+    with pytest.raises(BackendUnavailableError, match='openvino: not installed; run: pip install "openvino'):
         rt.Pipeline.from_bundle(demo_bundle, backend="openvino")
     assert rt.Pipeline.from_bundle(demo_bundle).engines.backend.name == "onnxruntime"
 
@@ -128,6 +173,16 @@ def test_seeds(pipe, words, rng):
     assert alone.seeds == [seed + 2] and type(alone.seeds[0]) is int
     np.testing.assert_allclose(alone.images[0], four.images[2], atol=1e-5)
     assert np.abs(four.images[0] - four.images[1]).max() > 0.1
+
+
+def test_pictures_come_prompt_by_prompt(pipe, words):
+    prompts = [words(), words()]
+    both = pipe(prompts, seed=[5, 6, 7, 8], num_images_per_prompt=2, output_type="latent", **FAST).images
+    for i, picture in enumerate(both):
+        alone = pipe(prompts[i // 2], seed=5 + i, output_type="latent", **FAST).images[0]
+        np.testing.assert_allclose(picture, alone, atol=1e-5)
+        other = pipe(prompts[1 - i // 2], seed=5 + i, output_type="latent", **FAST).images[0]
+        assert np.abs(picture - other).max() > 1e-3
 
 
 def test_zero_is_a_seed_and_none_is_a_random_one(pipe, words):
@@ -162,7 +217,12 @@ def test_the_same_call_gives_the_same_bytes(pipe, demo_bundle, words, rng):
 
 
 def test_both_backends_draw_the_same_picture(pipe, demo_bundle, words, rng):
-    arguments = {"prompt": words(), "seed": int(rng.integers(2**32)), "output_type": "np", "num_inference_steps": 5}
+    arguments = {
+        "prompt": words(),
+        "seed": int(rng.integers(2**32)),
+        "output_type": "np",
+        "num_inference_steps": 5,
+    }
     other = rt.Pipeline.from_bundle(demo_bundle, backend="onnxruntime")
     assert np.abs(pipe(**arguments).images[0] - other(**arguments).images[0]).max() <= 2 / 255
 
@@ -186,7 +246,9 @@ def test_callback_sees_every_step_of_every_batch(pipe, words, rng):
     )  # fmt: skip
     expected = [(i, float(t), (size, *LATENTS)) for size in (2, 1) for i, t in enumerate(schedule.timesteps)]
     assert seen == expected
-    np.testing.assert_array_equal(np.concatenate([last[len(schedule)], last[2 * len(schedule)]]), result.images)
+    np.testing.assert_array_equal(
+        np.concatenate([last[len(schedule)], last[2 * len(schedule)]]), result.images
+    )
     assert result.timings.steps == len(seen) == pipe.unet_calls(schedule, 3)
 
 
@@ -285,7 +347,9 @@ def test_threads_take_turns(pipe, words, rng):
 def test_timings_add_up(pipe, words):
     pipe(words(), num_images_per_prompt=2, **FAST)
     started = time.perf_counter()
-    timings = pipe(words(), num_images_per_prompt=2, num_inference_steps=6, callback_on_step_end=lambda *s: None).timings
+    timings = pipe(
+        words(), num_images_per_prompt=2, num_inference_steps=6, callback_on_step_end=lambda *s: None
+    ).timings
     wall = time.perf_counter() - started
     parts = timings.load_s + timings.text_s + timings.denoise_s + timings.decode_s
     assert min(timings.text_s, timings.denoise_s, timings.decode_s) > 0
@@ -339,7 +403,12 @@ def test_given_latents_are_left_alone_and_may_be_of_any_float(pipe, words, rng):
 
 def test_timesteps_say_how_many_steps_there_are(pipe, words):
     seen = []
-    pipe(words(), timesteps=[900, 500, 20], scheduler="euler", callback_on_step_end=lambda p, i, t, kw: seen.append(t))
+    pipe(
+        words(),
+        timesteps=[900, 500, 20],
+        scheduler="euler",
+        callback_on_step_end=lambda p, i, t, kw: seen.append(t),
+    )
     assert seen == [900, 500, 20]
 
 

@@ -118,7 +118,9 @@ Make = Callable[[], Row]
 def recipes(rng: np.random.Generator, *, guided: bool) -> list[Make]:
     """A full batch of rows that have nothing in common; each call of one starts its noise anew."""
     makes = []
-    names = rng.choice(["ddim", "pndm", "euler-a", "heun", "dpmpp-2m-sde", "unipc", "lms", "lcm"], BATCH, replace=False)
+    names = rng.choice(
+        ["ddim", "pndm", "euler-a", "heun", "dpmpp-2m-sde", "unipc", "lms", "lcm"], BATCH, replace=False
+    )
     for name, steps in zip(names, rng.permutation([1, 3, 8, 13, 21]), strict=True):
         row = Row(
             schedule=schedule_of(str(name), int(steps)),
@@ -204,6 +206,15 @@ def test_what_the_network_is_told(engines, session, rng):
         np.testing.assert_array_equal(told, row.schedule.timesteps)
 
 
+def test_guidance_of_one_is_the_prompt_alone(session, rng):
+    """Which of the two outputs is the prompt's, seen from the side of the result."""
+    for make in recipes(rng, guided=True):
+        row = replace(make(), guidance_scale=1.0, guidance_rescale=0.0)
+        alone = session.denoise([replace(make(), uncond=None)])[0].copy()
+        both = session.denoise([row])[0]
+        np.testing.assert_allclose(both, alone, atol=1e-3 * np.abs(alone).max())
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_sdxl_is_told_the_pooled_text_and_the_size(rng, guided):
     engines = FakeEngines(pooled=True)
@@ -223,7 +234,9 @@ def test_sdxl_is_told_the_pooled_text_and_the_size(rng, guided):
     inputs = engines.loaded[guided].inputs
     assert (inputs["sizes"] == [48, 64, 0, 0, 48, 64]).all()
     expected = [pooled[0], *[pooled[2]] * 4]
-    np.testing.assert_array_equal(inputs["pooled"], [pooled[1], *[pooled[3]] * 4, *expected] if guided else expected)
+    np.testing.assert_array_equal(
+        inputs["pooled"], [pooled[1], *[pooled[3]] * 4, *expected] if guided else expected
+    )
 
 
 def test_on_step_stops_the_run(engines, session, rng):
@@ -272,9 +285,13 @@ def test_rows_of_a_real_bundle(demo_bundle: Path, rng):
     pointers = {name: (id(a), a.ctypes.data) for name, a in ({**unet.inputs, **unet.outputs}).items()}
 
     def conditioning() -> Conditioning:
-        return Conditioning(states=rng.standard_normal((spec.max_tokens, spec.context_size), dtype=np.float32))
+        return Conditioning(
+            states=rng.standard_normal((spec.max_tokens, spec.context_size), dtype=np.float32)
+        )
 
-    schedules = [Scheduler.from_config(spec.scheduler, name).schedule(n) for name, n in (("euler-a", 4), ("pndm", 9))]
+    schedules = [
+        Scheduler.from_config(spec.scheduler, name).schedule(n) for name, n in (("euler-a", 4), ("pndm", 9))
+    ]
     texts = [(conditioning(), conditioning()) for _ in schedules]
     seeds = [int(seed) for seed in rng.integers(2**32, size=2)]
 

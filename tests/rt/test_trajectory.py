@@ -181,7 +181,9 @@ def test_a_failed_run_leaves_nothing_behind(name, rng):
                 used.guide_and_step(m, np.zeros_like(m))
     given = list(outputs(rng, shape, len(schedule)))
     seed = int(rng.integers(2**32))
-    np.testing.assert_array_equal(run(used, schedule, seed, given), run(Trajectory(shape), schedule, seed, given))
+    np.testing.assert_array_equal(
+        run(used, schedule, seed, given), run(Trajectory(shape), schedule, seed, given)
+    )
 
 
 @pytest.mark.parametrize("where", ["cond", "uncond", "both"])
@@ -213,7 +215,11 @@ def test_what_is_not_finite_is_an_error_at_its_step(name, value, where, rng):
 def test_the_loop_does_not_allocate(name, buffers):
     """Nothing grows over 200 steps; a step without noise makes no array of the latents' size even for a moment."""
     schedule, shape = schedule_of(name, 250), (4, 64, 64)
-    m, latents, timestep = np.full(shape, 0.1, np.float32), np.empty((1, *shape), np.float32), np.empty(1, np.float32)
+    m, latents, timestep = (
+        np.full(shape, 0.1, np.float32),
+        np.empty((1, *shape), np.float32),
+        np.empty(1, np.float32),
+    )
     trajectory = Trajectory(shape)
     trajectory.start(schedule, noise=Generator(0), guidance_scale=7.5)
 

@@ -1,0 +1,155 @@
+"""Graphs and their shared weights on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rt.backends import get
+from rt.bundle import Bundle
+from rt.config import DType
+from rt.export.lower import OPSET, WeightFile, lower
+from rt.export.trace import Program
+from rt.model import Component
+from rt.shapes import TensorSpec
+
+
+def tensor(array: np.ndarray) -> ir.TensorProtocol:
+    return ir.tensor(array, name="w")
+
+
+def fresh(*shape: int, dtype: type = np.float32) -> np.ndarray:
+    return np.random.default_rng().normal(size=shape).astype(dtype)
+
+
+def test_weights_are_written_once_on_pages_and_read_back(tmp_path: Path) -> None:
+    first, second = fresh(33, 7), fresh(5, dtype=np.float16)
+    with WeightFile(tmp_path / "w.weights") as store:
+        references = [store.add(tensor(array)) for array in (first, second, first.copy())]
+    assert [reference.offset for reference in references] == [0, 4096, 0]
+    assert (tmp_path / "w.weights").stat().st_size == 4096 + second.nbytes
+    for reference, array in zip(references, (first, second, first), strict=True):
+        assert reference.location == "w.weights", "relative to the graph, so that a bundle can be moved"
+        assert np.array_equal(reference.numpy(), array) and reference.numpy().dtype == array.dtype
+
+
+def test_equal_bytes_of_another_type_or_shape_share_their_place_and_keep_what_they_are(
+    tmp_path: Path,
+) -> None:
+    array = fresh(4, 6)
+    with WeightFile(tmp_path / "w.weights") as store:
+        plain, reshaped, whole = (
+            store.add(tensor(value)) for value in (array, array.reshape(8, 3), array.view(np.int32))
+        )
+    assert (tmp_path / "w.weights").stat().st_size == array.nbytes
+    assert np.array_equal(plain.numpy(), array)
+    assert np.array_equal(reshaped.numpy(), array.reshape(8, 3))
+    assert np.array_equal(whole.numpy(), array.view(np.int32))
+
+
+def test_a_transposed_array_is_written_in_its_own_order(tmp_path: Path) -> None:
+    array = fresh(4, 6)
+    with WeightFile(tmp_path / "w.weights") as store:
+        plain, transposed = store.add(tensor(array)), store.add(tensor(array.T))
+    assert plain.offset != transposed.offset
+    assert np.array_equal(transposed.numpy(), array.T)
+
+
+def test_a_weight_file_never_writes_over_another(tmp_path: Path) -> None:
+    (tmp_path / "w.weights").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        WeightFile(tmp_path / "w.weights")
+    assert (tmp_path / "w.weights").read_bytes() == b"mine"
+
+
+class Net(nn.Module):
+    """One weight that is worth sharing, one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.small(nn.functional.silu(self.large(x))),)
+
+
+@pytest.fixture
+def lowered(tmp_path: Path) -> Iterator[Callable[[nn.Module, int], Path]]:
+    """`lowered(net, rows)`: the graph of `net` for that many rows, weights in `net.weights` beside it."""
+
+    def call(net: nn.Module, rows: int) -> Path:
+        inputs = {"x": torch.randn(rows, 64)}
+        module = torch.export.export(net.eval(), (), inputs, strict=False).module(check_guards=False)
+        program = Program(
+            name="net",
+            component=Component.UNET,
+            profile=None,
+            guided=False,
+            module=module,  # type: ignore[arg-type]
+            inputs=inputs,
+            outputs=("y",),
+        )
+        lower(program, module, store, tmp_path / f"net-{rows}.onnx")
+        return tmp_path / f"net-{rows}.onnx"
+
+    with WeightFile(tmp_path / "net.weights") as store:
+        yield call
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_lowered_graph_computes_what_torch_does(
+    lowered: Callable[[nn.Module, int], Path], backend: str
+) -> None:
+    net = Net()
+    path = lowered(net, 5)
+    specs = (TensorSpec(name="x", shape=(5, 64)),), (TensorSpec(name="y", shape=(5, 3)),)
+    engine = get(backend).load(path, *specs, dtype=DType.FP32, threads=1)
+    x = torch.randn(5, 64)
+    engine.inputs["x"][...] = x.numpy()
+    engine.outputs["y"].fill(np.nan)
+    engine.enqueue()
+    with torch.no_grad():
+        np.testing.assert_allclose(engine.outputs["y"], net(x)[0].numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_two_shapes_share_the_file_of_weights_and_keep_small_ones_inside(
+    lowered: Callable[[nn.Module, int], Path],
+) -> None:
+    net = Net()
+    first = lowered(net, 1)
+    size = first.with_name("net.weights").stat().st_size
+    second = lowered(net, 3)
+    assert size >= 64 * 64 * 4 and second.with_name("net.weights").stat().st_size == size
+    for path in (first, second):
+        graph = onnx.load(path, load_external_data=False)
+        outside = [t for t in graph.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert [list(t.dims) for t in outside] == [[64, 64]]
+        assert {entry.key: entry.value for entry in outside[0].external_data}["location"] == "net.weights"
+
+
+def test_a_graph_is_valid_of_one_opset_and_anonymous(lowered: Callable[[nn.Module, int], Path]) -> None:
+    path = lowered(Net(), 2)
+    onnx.checker.check_model(path, full_check=True)
+    graph = onnx.load(path, load_external_data=False)
+    assert {(o.domain, o.version) for o in graph.opset_import if o.domain == ""} == {("", OPSET)}
+    assert (graph.producer_name, graph.producer_version, graph.doc_string) == ("rt", "", "")
+    raw = path.read_bytes()
+    for word in (os.getcwd(), __file__, "site-packages", "stack_trace", "test_lower"):
+        assert word.encode() not in raw
+
+
+def test_every_graph_of_a_bundle_is_valid(demo_bundle: Path) -> None:
+    for record in Bundle.open(demo_bundle).manifest.engines:
+        onnx.checker.check_model(demo_bundle / record.file)
+        graph = onnx.load(demo_bundle / record.file, load_external_data=False)
+        assert [value.name for value in graph.graph.input] == [spec.name for spec in record.inputs]
+        assert [value.name for value in graph.graph.output] == [spec.name for spec in record.outputs]
+        assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)

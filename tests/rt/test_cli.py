@@ -1,0 +1,506 @@
+"""The command line: paths on stdout, everything else on stderr, one line and an exit code for what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rt.backends import BACKENDS, get, openvino_cpu, ort_cpu
+from rt.bundle import MANIFEST, Bundle
+from rt.cli.main import main
+
+VERBS = ("build", "run", "inspect", "verify", "bench", "doctor")
+FAST = ("--steps", "2", "--seed", "7")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: object
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The only line on stderr, which begins with `error: `; nothing is on stdout."""
+        assert self.out == ""
+        assert self.err.strip().startswith("error: ") and "\n" not in self.err.strip(), self.err
+        return self.err.strip().removeprefix("error: ")
+
+
+Rt = Callable[..., Result]
+
+
+@pytest.fixture
+def rt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Rt]:
+    """`rt("run", path, ...)`: the whole command line in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    logger, before = logging.getLogger("rt"), signal.getsignal(signal.SIGTERM)
+    handlers, level = logger.handlers[:], logger.level
+
+    def call(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["rt", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        logger.handlers[:] = handlers
+        captured = capsys.readouterr()
+        return Result(stop.value.code or 0, captured.out, captured.err)
+
+    yield call
+    logger.setLevel(level)
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`process("run", path, ...)`: the command as users start it, from a folder that is not the repository."""
+
+    def call(*args: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "rt", *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+
+    return call
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test when an engine is loaded."""
+
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("an engine was loaded")
+
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "load", load)
+
+
+# Help
+
+
+@pytest.mark.parametrize("args", [[], *([verb] for verb in VERBS)])
+def test_help_fits_100_columns(rt: Rt, monkeypatch: pytest.MonkeyPatch, args: list[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = rt(*args, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("Usage: rt") and max(map(len, result.out.splitlines())) <= 100
+    assert all(verb in result.out for verb in VERBS if not args)
+
+
+def test_without_a_verb_the_help_is_shown(rt: Rt) -> None:
+    result = rt()
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("Usage:") and "doctor" in result.out
+
+
+def test_the_version_is_the_packages(rt: Rt) -> None:
+    from importlib.metadata import version
+
+    assert rt("--version").out == f"rt, version {version('rt-diffusion')}\n"
+
+
+# Happy paths
+
+
+def test_run_prints_the_path_alone_and_writes_a_picture_of_the_size(
+    process: Rt, demo_bundle: Path, tmp_path: Path
+) -> None:
+    done = process("run", demo_bundle, "--prompt", "a red heart", *FAST, "-o", "heart.png")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "heart.png\n", "")  # type: ignore[attr-defined]
+    with Image.open(tmp_path / "heart.png") as image:
+        assert image.size == (64, 64)
+        assert "a red heart" in image.info["parameters"] and "Seed: 7" in image.info["parameters"]
+
+
+def test_underscores_are_dashes(rt: Rt, demo_bundle: Path, tmp_path: Path) -> None:
+    options = (
+        "--num_inference_steps",
+        2,
+        "--guidance_scale=3",
+        "--num_images_per_prompt",
+        2,
+        "--no_metadata",
+    )
+    result = rt("run", demo_bundle, "--prompt", "x", "--seed", 1, *options, "-o", "x.png")
+    assert (result.code, result.out, result.err) == (0, "x-000.png\nx-001.png\n", "")
+    with Image.open(tmp_path / "x-000.png") as image:
+        assert "parameters" not in image.info
+
+
+def test_run_json_says_what_was_drawn_with_what(rt: Rt, demo_bundle: Path) -> None:
+    result = rt(
+        "run", demo_bundle, "--prompt", "x", *FAST, "-n", 2, "-o", "out/", "--json", "--scheduler", "euler"
+    )
+    summary = json.loads(result.out)
+    assert result.code == 0 and result.err == ""
+    assert [image["seed"] for image in summary["images"]] == [7, 8]
+    assert all(Path(image["path"]).is_file() for image in summary["images"])
+    assert summary["scheduler"] == "euler" and summary["backend"] == "openvino"
+    assert summary["timings"]["steps"] == 2 and summary["timings"]["total_s"] > 0
+
+
+def test_inspect_describes_and_json_is_the_manifest(rt: Rt, demo_bundle: Path, no_engine: None) -> None:
+    described = rt("inspect", demo_bundle)
+    assert described.code == 0 and described.err == ""
+    for word in (
+        "emoji-ldm (folder), sd1",
+        "fp32 for openvino",
+        "1 x 64 x 64, 2 x 64 x 64",
+        "unet-2x64x64-guided",
+    ):
+        assert word in described.out
+    assert json.loads(rt("inspect", demo_bundle, "--json").out) == json.loads(
+        (demo_bundle / MANIFEST).read_bytes()
+    )
+
+
+def test_verify_names_every_engine_and_json_parses(rt: Rt, demo_bundle: Path) -> None:
+    engines = [engine.name for engine in Bundle.open(demo_bundle).manifest.engines]
+    result = rt("verify", demo_bundle)
+    assert (result.code, result.err) == (0, "")
+    assert [line.split()[:2] for line in result.out.splitlines()[:-1]] == [["ok", name] for name in engines]
+    assert result.out.splitlines()[-1].startswith("ok  18 files; openvino: ")
+    parsed = json.loads(rt("verify", demo_bundle, "--json", "--backend", "onnxruntime").out)
+    assert parsed["backend"] == "onnxruntime" and list(parsed["relative_l2"]) == engines
+
+
+def test_doctor_names_engines_and_json_parses(rt: Rt) -> None:
+    assert all(f"ok       {name}" in rt("doctor").out for name in BACKENDS)
+    report = json.loads(rt("doctor", "--json").out)
+    assert set(report["engines"]) == set(BACKENDS)
+    assert report["extras"]["build"]["missing"] == []
+
+
+def test_doctor_says_how_to_get_what_is_missing(rt: Rt, hide: Callable[..., None]) -> None:
+    hide("openvino")
+    line = next(line for line in rt("doctor").out.splitlines() if "openvino:" in line)
+    assert line.startswith('missing  openvino: not installed; run: pip install "openvino>=')
+
+
+@pytest.mark.slow
+def test_build_prints_the_path_and_the_bundle_verifies(process: Rt, tmp_path: Path) -> None:
+    done = process("build", "synthetic:tiny", "-o", "out/tiny", "--height", 64, "--width", 64)
+    assert (done.returncode, done.stdout) == (0, "out/tiny\n")  # type: ignore[attr-defined]
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("built in ")  # type: ignore[attr-defined]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny"]
+    Bundle.open(tmp_path / "out/tiny").verify()
+    for file in (tmp_path / "out/tiny").rglob("*"):
+        assert not file.is_file() or os.getcwd().encode() not in file.read_bytes()
+
+
+# Damage
+
+
+@pytest.fixture
+def damaged(demo_bundle: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """`damaged(file)`: a copy of the demo bundle, that file with one bit flipped; the rest are hard links."""
+
+    def flip(name: str) -> Path:
+        copy = tmp_path / "damaged"
+        shutil.copytree(demo_bundle, copy, copy_function=os.link)
+        data = bytearray((copy / name).read_bytes())
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        (copy / name).unlink()
+        (copy / name).write_bytes(data)
+        return copy / name
+
+    return flip
+
+
+def test_verify_finds_one_flipped_bit_in_every_file_before_any_engine_loads(
+    rt: Rt, damaged: Callable[[str], Path], demo_bundle: Path, tmp_path: Path, no_engine: None
+) -> None:
+    for name in [MANIFEST, *Bundle.open(demo_bundle).manifest.files]:
+        file = damaged(name)
+        result = rt("verify", tmp_path / "damaged")
+        assert result.code == 3
+        assert (
+            result.error.startswith(f"{file} is damaged") and "build or copy the bundle again" in result.error
+        )
+        shutil.rmtree(tmp_path / "damaged")
+
+
+def test_run_finds_one_flipped_bit_in_every_file_that_it_reads(
+    rt: Rt, damaged: Callable[[str], Path], tmp_path: Path, no_engine: None
+) -> None:
+    graphs = ("text_encoder", "unet-1x64x64-guided", "vae_decoder-64x64")
+    weights = ("text_encoder", "unet", "vae_decoder")
+    names = [f"engines/{name}.onnx" for name in graphs] + [f"engines/{name}.weights" for name in weights]
+    for name in [MANIFEST, "tokenizer/text_encoder.json", *names]:
+        file = damaged(name)
+        result = rt("run", tmp_path / "damaged", "--prompt", "x", *FAST, "-o", "x.png")
+        assert result.code == 3 and result.error.startswith(f"{file} is damaged")
+        assert not (tmp_path / "x.png").exists()
+        shutil.rmtree(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect", "verify", "bench"])
+def test_what_is_not_a_bundle_is_code_3(rt: Rt, tmp_path: Path, verb: str) -> None:
+    result = rt(verb, "nowhere", *(["--prompt", "x"] if verb == "run" else []))
+    assert result.code == 3
+    assert (
+        result.error == "nowhere is not a bundle: it does not exist; make one with: rt build MODEL -o nowhere"
+    )
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["bild"], ["'bild'", "did you mean 'build'", "use one of build, run"]),
+        (["build", "synthetic:tiny"], ["--output"]),
+        (["build"], ["MODEL"]),
+        (["build", "synthetic:tiny", "-o", "x", "--height", "big"], ["'big'", "--height"]),
+        (["build", "synthetic:tiny", "-o", "x", "--fp16", "--bf16"], ["bf16 and fp16 exclude each other"]),
+        (["build", "synthetic:tiny", "-o", "x", "--fp16", "--dtype", "fp32"], ["exclude each other"]),
+        (
+            ["build", "synthetic:tiny", "-o", "x", "--bf16", "--backend", "onnxruntime"],
+            ["--backend openvino"],
+        ),
+        (["build", "synthetic:tiny", "-o", "x", "--backend", "tensort"], ["--backend", "openvino"]),
+    ],
+)
+def test_usage_of_build(rt: Rt, tmp_path: Path, args: list[str], words: list[str]) -> None:
+    result = rt(*args)
+    assert result.code == 2
+    assert all(word in result.error for word in words), result.error
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stepz", "2"], ["--stepz", "--steps"]),
+        (["--steps", "0"], ["num_inference_steps", "0", "from 1 to 1000"]),
+        (["--steps", "-1"], ["num_inference_steps", "-1"]),
+        (["--steps", "x"], ["--steps", "'x'"]),
+        (["-n", "0"], ["num_images_per_prompt is 0", "at least 1"]),
+        (["-n", "-2"], ["num_images_per_prompt is -2"]),
+        (["--scheduler", "eulr"], ["'eulr'", "did you mean 'euler'", "ddim"]),
+        (["--height", "512"], ["512 x any", "built for 64 x 64", "rebuild with --height"]),
+        (["--width", "512"], ["any x 512"]),
+        (["--backend", "cuda"], ["'cuda'", "openvino"]),
+        (["--prompt", " "], ["the prompt is empty", "--prompt"]),
+        (["-o", "x.bmp"], [".bmp", ".png"]),
+        (["-o", "x"], ["no suffix"]),
+        (["-o", "{sed}.png"], ["{sed}", "{seed}"]),
+        (["-o", "taken.png"], ["taken.png exists", "--force"]),
+        (["-o", "taken.png/x.png"], ["taken.png"]),
+    ],
+)
+def test_usage_of_run(
+    rt: Rt, demo_bundle: Path, tmp_path: Path, no_engine: None, options: list[str], words: list[str]
+) -> None:
+    (tmp_path / "taken.png").write_bytes(b"mine")
+    result = rt("run", demo_bundle, "--prompt", "a red heart", *options)
+    assert result.code == 2
+    assert all(word in result.error for word in words), result.error
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
+    assert (tmp_path / "taken.png").read_bytes() == b"mine"
+
+
+def test_run_without_a_prompt_says_so(rt: Rt, demo_bundle: Path) -> None:
+    result = rt("run", demo_bundle)
+    assert result.code == 2 and "--prompt" in result.error
+
+
+def test_force_overwrites_a_picture(rt: Rt, demo_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"old")
+    assert rt("run", demo_bundle, "--prompt", "x", *FAST, "-o", "x.png", "--force").code == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_over_long_prompt_is_drawn_with_a_warning(rt: Rt, demo_bundle: Path, tmp_path: Path) -> None:
+    result = rt("run", demo_bundle, "--prompt", "heart " * 40 + "nebuchadnezzar", *FAST, "-o", "x.png")
+    assert (result.code, result.out) == (0, "x.png\n")
+    assert result.err.startswith("warning: the prompt has ") and result.err.count("\n") == 1
+    assert "nebuchadnezzar" in result.err and (tmp_path / "x.png").is_file()
+
+
+def test_a_picture_that_cannot_be_written_is_said(
+    rt: Rt, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    result = rt("run", demo_bundle, "--prompt", "x", *FAST, "-o", "x.png")
+    assert result.code == 1 and result.error.startswith("cannot write x.png: No space left on device")
+    assert not any(tmp_path.iterdir()), "a half-written picture was left behind"
+
+
+# What is missing
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`hide("openvino")`: as if that package were not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def hide(*names: str) -> None:
+        def found(package: str) -> str:
+            if package.removesuffix("-gpu") in names:
+                raise PackageNotFoundError(package)
+            return version(package)
+
+        for module in (openvino_cpu, ort_cpu):
+            monkeypatch.setattr(module, "version", found)
+
+    return hide
+
+
+def test_no_engine_installed_is_code_4_with_the_commands(
+    rt: Rt, demo_bundle: Path, hide: Callable[..., None]
+) -> None:
+    hide(*BACKENDS)
+    for args in (
+        ("run", demo_bundle, "--prompt", "x"),
+        ("verify", demo_bundle),
+        ("build", "synthetic:tiny", "-o", "x"),
+    ):
+        result = rt(*args)
+        assert result.code == 4
+        for name in BACKENDS:
+            assert f'{name} (not installed; run: pip install "{name}>=' in result.error
+
+
+def test_a_named_engine_that_is_not_installed_is_code_4(
+    rt: Rt, demo_bundle: Path, hide: Callable[..., None]
+) -> None:
+    hide("onnxruntime")
+    result = rt("run", demo_bundle, "--prompt", "x", "--backend", "onnxruntime")
+    assert result.code == 4
+    assert result.error.startswith('onnxruntime: not installed; run: pip install "onnxruntime>=')
+
+
+@pytest.mark.parametrize("package", ["torch", "diffusers"])
+def test_build_without_its_extra_is_code_4_with_the_command(tmp_path: Path, package: str) -> None:
+    hidden = f"import sys; sys.modules[{package!r}] = None; from rt.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, "build", "synthetic:tiny", "-o", "x"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith(
+        f"error: rt build needs {package}, which is not installed; run: pip install "
+    )
+    assert '"torch>=' in done.stderr and '"diffusers>=' in done.stderr and done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_run_imports_no_torch(demo_bundle: Path, tmp_path: Path) -> None:
+    hidden = "import sys\nfor name in ('torch', 'diffusers', 'transformers'): sys.modules[name] = None\n"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            hidden + "from rt.cli import main; main()",
+            "run",
+            demo_bundle,
+            "--prompt",
+            "x",
+            *FAST,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Ends that are not errors of rt
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError("72 GiB"), 5, "out of memory; build a smaller size or batch"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_memory_and_interrupts_have_their_codes(
+    rt: Rt,
+    demo_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(get("openvino"), "load", load)
+    result = rt("run", demo_bundle, "--prompt", "x", *FAST, "-o", "x.png")
+    assert result.code == code and result.error.startswith(message)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_drawing_is_code_130_and_leaves_nothing(
+    demo_bundle: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    ready = "import rt.session as s; loop = s.Session.denoise\n" + (
+        "def denoise(self, *args):\n print('drawing', flush=True)\n return loop(self, *args)\n"
+        "s.Session.denoise = denoise\nfrom rt.cli import main; main()"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        ready,
+        "run",
+        demo_bundle,
+        "--prompt",
+        "x",
+        "--steps",
+        "900",
+        "-o",
+        "x.png",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as child:
+        assert child.stdout and child.stdout.readline() == "drawing\n"
+        child.send_signal(number)
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (130, "", "\nerror: interrupted\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(demo_bundle: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "rt", "inspect", demo_bundle, "--json"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
+
+
+def test_verbose_shows_the_traceback_above_the_one_line(rt: Rt) -> None:
+    result = rt("-v", "inspect", "nowhere")
+    assert result.err.startswith("Traceback") and result.err.splitlines()[-1].startswith("error: nowhere")
