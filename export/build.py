@@ -14,21 +14,23 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from rt.backends import Backend, choose, cpu_count
 from rt.bundle import MANIFEST, SCHEMA, Bundle, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
 from rt.config import BuildConfig, DType, fingerprint
-from rt.errors import BuildError
+from rt.errors import BuildError, ConfigError
 from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import observe
 from rt.export.passes.cast import cast
 from rt.export.staging import staged
 from rt.export.trace import Program, trace
-from rt.model import Component
+from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress
+from rt.samplers import Scheduler
 from rt.shapes import ShapeProfile, TensorSpec
 from rt.verify import compare, save_reference
 
@@ -65,17 +67,17 @@ def build(
     for profile in config.profiles:
         profile.check_multiple(spec.vae_scale_factor)
     backend, _ = choose(config.backend, config.dtype)
-    components = [*spec.text_encoders, Component.UNET, Component.VAE_DECODER]
+    _check_sampler(checkpoint)
     with (
         staged(Path(output), force=force) as stage,
-        progress("build", total=len(components) + 1, quiet=quiet) as bar,
+        progress("build", total=len(checkpoint.components) + 1, quiet=quiet) as bar,
         torch.inference_mode(),
     ):
         for folder in ("engines", "reference", "tokenizer"):
             (stage / folder).mkdir()
         engines = [
             engine
-            for component in components
+            for component in checkpoint.components
             for engine in _compile(component, checkpoint, config, backend, stage, bar)
         ]
         for encoder in spec.text_encoders:
@@ -85,9 +87,7 @@ def build(
             source = _source(checkpoint)
         manifest = Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            fingerprint=fingerprint(
-                source.files, checkpoint.configs, config.to_json(), SCHEMA, version("rt-diffusion")
-            ),
+            fingerprint=fingerprint(source.files, checkpoint.configs, config.to_json(), SCHEMA, _versions()),
             source=source,
             model=spec,
             config=config,
@@ -137,12 +137,12 @@ def _compile(
     for record in lowered:
         with _step(bar, f"{record.name}: verify"):
             engine = backend.load(
-                stage / record.file, record.inputs, record.outputs, dtype=config.dtype, threads=cpu_count()
+                stage / record.file, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
             )
-            error = compare(engine, stage / record.reference, name=record.name, dtype=config.dtype)
+            error = compare(engine, stage / record.reference, name=record.name, dtype=record.dtype)
             del engine
         engines.append(
-            replace(record, error=error, verified_with=f"{backend.name} {backend.arithmetic(config.dtype)}")
+            replace(record, error=error, verified_with=f"{backend.name} {backend.arithmetic(record.dtype)}")
         )
     bar.advance()
     return engines
@@ -159,25 +159,27 @@ def _lower_all(
     """Graphs, weights and references on disk; what is not measured yet is empty in the records."""
     weights = f"engines/{component.value}.weights"
     with WeightFile(stage / weights) as store:
-        for program in trace(component, module, checkpoint.spec, config.profiles):
+        text = _text(stage, checkpoint.spec) if component is Component.UNET else {}
+        for program in trace(component, module, checkpoint.spec, config.profiles, text):
             file, reference = f"engines/{program.name}.onnx", f"reference/{program.name}.npz"
             with _step(bar, f"{program.name}: run in torch"):
                 seen = observe(program)
                 save_reference(
                     stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs
                 )
+            # What runs once a schedule costs nothing in fp32, and every step builds on it.
+            dtype = DType.FP32 if program.component is Component.UNET_TIME else config.dtype
             with _step(bar, f"{program.name}: lower"):
                 computing, islands = (
-                    (program.module, ())
-                    if config.dtype is DType.FP32
-                    else cast(program.module, config.dtype, seen)
+                    (program.module, ()) if dtype is DType.FP32 else cast(program.module, dtype, seen)
                 )
                 lower(program, computing, store, stage / file)
             yield EngineRecord(
                 name=program.name,
-                component=component,
+                component=program.component,
                 profile=program.profile,
                 guided=program.guided,
+                dtype=dtype,
                 file=file,
                 weights=weights,
                 reference=reference,
@@ -198,6 +200,23 @@ def _step(bar: Bar, label: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     logger.info("%s took %.1f s", label, time.perf_counter() - started)
+
+
+def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """What the text encoders gave, so that the U-Net is measured on states as large as real ones."""
+    given = [np.load(stage / "reference" / f"{encoder.value}.npz") for encoder in spec.text_encoders]
+    text = {"context": np.concatenate([arrays["output.states"] for arrays in given], axis=-1)}
+    if spec.pooled_size is not None:
+        text["pooled"] = given[-1]["output.pooled"]
+    return {name: torch.from_numpy(value) for name, value in text.items()}
+
+
+def _check_sampler(checkpoint: Checkpoint) -> None:
+    """Say now, not at the first picture, that the checkpoint's own sampler cannot run."""
+    try:
+        Scheduler.from_config(checkpoint.spec.scheduler)
+    except ConfigError as error:
+        logger.warning("%s; rt run will need --scheduler, such as dpmpp-2m", str(error).rstrip("."))
 
 
 def _input_specs(program: Program) -> tuple[TensorSpec, ...]:
@@ -221,11 +240,11 @@ def _source(checkpoint: Checkpoint) -> SourceRecord:
 
 def _copy_licence(checkpoint: Checkpoint, stage: Path) -> None:
     """Licence texts travel with the weights, as most licences ask."""
-    if checkpoint.kind is not Kind.FOLDER:
-        return
-    for pattern in _LICENCE_FILES:
-        for path in Path(checkpoint.name).glob(pattern):
-            shutil.copyfile(path, stage / path.name)
+    if "model_index.json" not in checkpoint.files:
+        return  # a single file or a synthetic model has no folder of its own
+    folder = checkpoint.files["model_index.json"].parent
+    for path in (path for pattern in _LICENCE_FILES for path in folder.glob(pattern) if path.is_file()):
+        shutil.copyfile(path, stage / path.name)
 
 
 def _files(stage: Path) -> list[str]:

@@ -27,6 +27,8 @@ _FACTS = (
     "model_index.json",
     "README.md",
     "LICEN[CS]E*",
+    "NOTICE*",
+    "OFL*",
     "scheduler/scheduler_config.json",
     *(f"{folder}/*.json" for folder in (*FOLDERS.values(), *TOKENIZERS.values())),
     *(f"{folder}/*.txt" for folder in TOKENIZERS.values()),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from rt.export.passes.hoist import hoist
 from rt.export.passes.simplify import simplify
 from rt.model import Component, Family, ModelSpec
 from rt.shapes import ShapeProfile
@@ -59,10 +62,10 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Latents (B, C, h, w), timestep (B,) and context (R, T, D) → prediction (R, C, h, w).
+    """Latents (B, C, h, w), timestep (R,) and context (R, T, D) → prediction (R, C, h, w).
 
-    With guidance R = 2B: the first B rows of context are unconditional, the last B conditional, and the
-    latents are repeated in here, so that a pass can move the repeat to where the halves first differ.
+    With guidance R = 2B: the first B rows are unconditional, the last B conditional, and the latents are
+    repeated in here, so that a pass can move the repeat to where the halves first differ.
     SDXL also takes pooled (R, P) and sizes (R, 6).
     """
 
@@ -81,7 +84,7 @@ class UNet(nn.Module):
     ) -> tuple[Tensor]:
         """See the class."""
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
-        latents, timestep = torch.cat([latents] * self.repeat), torch.cat([timestep] * self.repeat)
+        latents = torch.cat([latents] * self.repeat)
         prediction: tuple[Tensor] = self.unet(
             latents, timestep, context, added_cond_kwargs=added, return_dict=False
         )
@@ -98,17 +101,28 @@ class VAEDecoder(nn.Module):
     def forward(self, latents: Tensor) -> tuple[Tensor]:
         """See the class."""
         config = self.vae.config
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return (self.vae.decode(latents, return_dict=False)[0].permute(0, 2, 3, 1),)
+        return (self.vae.decode(latents / config.scaling_factor, return_dict=False)[0].permute(0, 2, 3, 1),)
 
 
 def trace(
-    component: Component, module: nn.Module, spec: ModelSpec, profiles: tuple[ShapeProfile, ...]
+    component: Component,
+    module: nn.Module,
+    spec: ModelSpec,
+    profiles: tuple[ShapeProfile, ...],
+    text: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[Program]:
     """Every program that `component` needs for the profiles, one at a time.
 
     Text does not depend on a shape; the decoder takes one picture at a time, so only its size matters;
-    the U-Net has one program a profile with guidance and one without.
+    the U-Net has one program a profile with guidance and one without, and one for the timestep.
+
+    Args:
+        component: What to trace.
+        module: Its network.
+        spec: The facts of the model.
+        profiles: The shapes.
+        text: What the text encoders gave, `context` (1, T, D) and `pooled` (1, P), for example inputs of the
+            U-Net that are as large as real ones; normal noise where left out.
     """
     if component in spec.text_encoders:
         encoder = TextEncoder(module, penultimate=spec.family is Family.SDXL)
@@ -120,14 +134,36 @@ def trace(
             name = f"{component.value}-{profile.height}x{profile.width}"
             yield _trace(name, component, profile, False, VAEDecoder(module), inputs, ("image",))
     else:
-        for profile in profiles:
-            for guided in (True, False):
-                name = f"{component.value}-{profile.batch_size}x{profile.height}x{profile.width}"
-                name += "-guided" if guided else ""
-                inputs = _unet_inputs(spec, profile, guided)
-                yield _trace(
-                    name, component, profile, guided, UNet(module, guided=guided), inputs, ("prediction",)
-                )
+        yield from _trace_unet(module, spec, profiles, text)
+
+
+def _trace_unet(
+    module: nn.Module, spec: ModelSpec, profiles: tuple[ShapeProfile, ...], text: Mapping[str, Tensor]
+) -> Iterator[Program]:
+    """The part that depends on the timestep alone, once, then the step for each profile."""
+    for index, (profile, guided) in enumerate(itertools.product(profiles, (True, False))):
+        name = f"{Component.UNET.value}-{profile.batch_size}x{profile.height}x{profile.width}"
+        name += "-guided" if guided else ""
+        inputs = _unet_inputs(spec, profile, guided, text)
+        whole = _trace(
+            name, Component.UNET, profile, guided, UNet(module, guided=guided), inputs, ("prediction",)
+        )
+        early, late = hoist(whole.module, "timestep", "time")
+        timestep = inputs["timestep"]
+        if index == 0:
+            yield Program(
+                name=Component.UNET_TIME.value,
+                component=Component.UNET_TIME,
+                profile=None,
+                guided=False,
+                module=early,
+                inputs={"timestep": timestep},
+                outputs=("time",),
+            )
+        with torch.no_grad():
+            time = early(timestep)[0]
+        step_inputs = {("time" if key == "timestep" else key): value for key, value in inputs.items()}
+        yield replace(whole, module=late, inputs={**step_inputs, "time": time})
 
 
 def _trace(
@@ -161,19 +197,30 @@ def _text_inputs(encoder: Any, spec: ModelSpec) -> dict[str, Tensor]:
     return {"tokens": tokens}
 
 
-def _unet_inputs(spec: ModelSpec, profile: ShapeProfile, guided: bool) -> dict[str, Tensor]:
+def _unet_inputs(
+    spec: ModelSpec, profile: ShapeProfile, guided: bool, text: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     rows = profile.batch_size * (2 if guided else 1)
     generator = _generator()
     inputs = {
         "latents": _randn((profile.batch_size, *spec.latent_shape(profile.height, profile.width)), generator),
-        "timestep": torch.randint(1, TRAIN_TIMESTEPS, (profile.batch_size,), generator=generator).float(),
-        "context": _randn((rows, spec.max_tokens, spec.context_size), generator),
+        "timestep": torch.randint(1, TRAIN_TIMESTEPS, (rows,), generator=generator).float(),
+        "context": _rows(text, "context", rows, (spec.max_tokens, spec.context_size), generator),
     }
     if spec.pooled_size is not None:
         size = [profile.height, profile.width]
-        inputs["pooled"] = _randn((rows, spec.pooled_size), generator)
+        inputs["pooled"] = _rows(text, "pooled", rows, (spec.pooled_size,), generator)
         inputs["sizes"] = torch.tensor([[*size, 0, 0, *size]] * rows, dtype=torch.float32)
     return inputs
+
+
+def _rows(
+    text: Mapping[str, Tensor], name: str, rows: int, shape: tuple[int, ...], generator: torch.Generator
+) -> Tensor:
+    """(rows, *shape): the given text, rolled by a place a row so that no two rows are alike."""
+    if name not in text:
+        return _randn((rows, *shape), generator)
+    return torch.cat([text[name].roll(row, dims=1) for row in range(rows)])
 
 
 def _generator() -> torch.Generator:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,10 @@ def check_negative_prompts(negative: str | Sequence[str] | None, count: int) -> 
     """One for each of `count` prompts; None where none was given, which is not the same as ""."""
     if negative is None or isinstance(negative, str):
         return [negative] * count
+    if not isinstance(negative, Sequence) or not all(isinstance(text, str) for text in negative):
+        raise ConfigError(
+            f"negative_prompt is {negative!r}; give a string, or a list with one for each prompt"
+        )
     if len(negative) != count:
         raise ConfigError(
             f"{len(negative)} negative prompts for {count} prompts; give one for all or one for each"
@@ -72,6 +77,17 @@ def check_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if len(seed) != count:
         raise ConfigError(f"{len(seed)} seeds for {count} pictures; give one for each, or the first one only")
     return [int(value) for value in seed]
+
+
+def check_guidance(scale: object, rescale: object) -> tuple[float, float]:
+    """Scale and rescale as numbers that mean something."""
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ConfigError(
+            f"guidance_scale is {scale!r}; it must be a finite number, 1 or less for no guidance"
+        )
+    if not isinstance(rescale, Real) or not 0 <= float(rescale) <= 1:
+        raise ConfigError(f"guidance_rescale is {rescale!r}; it must be a number from 0 (off) to 1")
+    return float(scale), float(rescale)
 
 
 def check_output_type(output_type: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rt.config import BuildConfig
+from rt.config import BuildConfig, DType
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
 from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile, TensorSpec
@@ -50,6 +50,7 @@ class EngineRecord:
         component: The network it runs.
         profile: The shape it is for; None where the shape does not depend on one (text).
         guided: U-Net only: one row of latents gives an unconditional and a conditional row.
+        dtype: Format of weights and arithmetic; what runs once a schedule stays fp32 in a half-precision bundle.
         file: Path of the graph inside the bundle; its weights are named by the graph.
         weights: Path of the tensors that the graph refers to.
         reference: Path of test inputs and torch's outputs for them.
@@ -64,6 +65,7 @@ class EngineRecord:
     component: Component
     profile: ShapeProfile | None
     guided: bool
+    dtype: DType
     file: str
     weights: str
     reference: str
@@ -80,6 +82,7 @@ class EngineRecord:
             **{
                 **data,
                 "component": Component(data["component"]),
+                "dtype": DType(data["dtype"]),
                 "profile": ShapeProfile(**data["profile"]) if data["profile"] else None,
                 "inputs": tuple(TensorSpec.from_json(spec) for spec in data["inputs"]),
                 "outputs": tuple(TensorSpec.from_json(spec) for spec in data["outputs"]),
@@ -93,7 +96,7 @@ class SourceRecord:
     """Where the weights came from.
 
     Attributes:
-        name: What the user typed.
+        name: What the user typed; of a local path only the last part.
         kind: folder, hub, single_file or synthetic.
         revision: Commit of the hub repository.
         licence: As the model card says.
@@ -173,20 +176,25 @@ class Manifest:
         ):
             raise IntegrityError(f"{path} is damaged: its sha256 differs; build or copy the bundle again")
         # Every later schema keeps the digest, so that a damaged byte is never taken for a newer version.
-        if body["schema"] > SCHEMA:
+        if not isinstance(body.get("schema"), int) or body["schema"] > SCHEMA:
             raise IncompatibleBundleError(
-                f"{path} has schema {body['schema']}; this rt reads up to {SCHEMA}. Upgrade rt or build it again"
+                f"{path} has schema {body.get('schema')!r}; this rt reads up to {SCHEMA}. Upgrade rt or build it again"
             )
-        return cls(
-            created=body["created"],
-            fingerprint=body["fingerprint"],
-            source=SourceRecord(**body["source"]),
-            model=ModelSpec.from_json(body["model"]),
-            config=BuildConfig.from_json(body["config"]),
-            engines=tuple(EngineRecord.from_json(engine) for engine in body["engines"]),
-            versions=body["versions"],
-            files={name: FileRecord(**record) for name, record in body["files"].items()},
-        )
+        try:
+            return cls(
+                created=body["created"],
+                fingerprint=body["fingerprint"],
+                source=SourceRecord(**body["source"]),
+                model=ModelSpec.from_json(body["model"]),
+                config=BuildConfig.from_json(body["config"]),
+                engines=tuple(EngineRecord.from_json(engine) for engine in body["engines"]),
+                versions=body["versions"],
+                files={name: FileRecord(**record) for name, record in body["files"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise IncompatibleBundleError(
+                f"{path} was written by another version of rt ({type(error).__name__}: {error}); build it again"
+            ) from None
 
 
 class Bundle:
@@ -208,7 +216,7 @@ class Bundle:
             IntegrityError: When the manifest is damaged, or a file is missing, a link, or of the wrong size.
             IncompatibleBundleError: When a newer rt wrote it.
         """
-        path = Path(path)
+        path = Path(path).absolute()  # engines load later, perhaps from another working directory
         try:
             raw = (path / MANIFEST).read_bytes()
         except FileNotFoundError:
@@ -235,13 +243,19 @@ class Bundle:
         """
         chosen = sorted(self.manifest.files if names is None else set(names))
         with ThreadPoolExecutor() as pool:
-            for name, sha256 in zip(
-                chosen, pool.map(lambda n: hash_file(self.path / n), chosen), strict=True
-            ):
+            for name, sha256 in zip(chosen, pool.map(self._hash, chosen), strict=True):
                 if sha256 != self.manifest.files[name].sha256:
                     raise IntegrityError(
                         f"{self.path / name} is damaged: its sha256 differs; build or copy the bundle again"
                     )
+
+    def _hash(self, name: str) -> str:
+        try:
+            return hash_file(self.path / name)
+        except OSError as error:
+            raise IntegrityError(
+                f"{self.path / name} cannot be read: {error.strerror}; build or copy the bundle again"
+            ) from None
 
     def _check_size(self, name: str, record: FileRecord) -> None:
         file = self.path / name

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from rt.backends import AUTO, Engine, choose, cpu_count
 from rt.bundle import Bundle, EngineRecord
-from rt.errors import BundleError
+from rt.errors import BundleError, ConfigError
 from rt.model import Component
 from rt.shapes import ShapeProfile
+
+logger = logging.getLogger(__name__)
 
 EngineKey = tuple[Component, ShapeProfile | None, bool]
 """What is run, at which shape (None for text), and whether with guidance (U-Net only)."""
@@ -28,8 +31,11 @@ class Engines:
     """
 
     def __init__(self, bundle: Bundle, backend: str = AUTO, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}; it must be at least 1, or None for all processors")
         config = bundle.manifest.config
         self.backend, self.reason = choose(backend, config.dtype, preferred=config.backend)
+        logger.info("%s", self.reason)
         self._bundle = bundle
         self._threads = threads or cpu_count()
         self._verified: set[str] = set()
@@ -66,7 +72,7 @@ class Engines:
             self._bundle.path / record.file,
             record.inputs,
             record.outputs,
-            dtype=self._bundle.manifest.config.dtype,
+            dtype=record.dtype,
             threads=self._threads,
         )
 

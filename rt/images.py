@@ -241,5 +241,5 @@ class OutputPattern:
         if count > 1 and not self._tells_apart:
             stem, suffix = os.path.splitext(template)
             template = f"{stem}-{{index:03d}}{suffix}"
-        digest = hashlib.sha256(prompt.encode()).hexdigest()
+        digest = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()
         return Path(template.format(seed=seed, index=index, date=date.today(), prompt_hash=digest[:10]))

@@ -9,10 +9,15 @@ from typing import Any
 
 
 class Component(str, Enum):
-    """A network of the model, named as in diffusers' `model_index.json`; the decoder is half of `vae`."""
+    """A network of the model, or the part of one that is compiled on its own.
+
+    Named as in diffusers' `model_index.json`; the decoder is half of `vae`, and the U-Net comes in two parts: what
+    depends on the timestep alone, and the step.
+    """
 
     TEXT_ENCODER = "text_encoder"
     TEXT_ENCODER_2 = "text_encoder_2"
+    UNET_TIME = "unet_time"
     UNET = "unet"
     VAE_DECODER = "vae_decoder"
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rt.arguments import (
     check_count,
+    check_guidance,
     check_latents,
     check_negative_prompts,
     check_output_type,
@@ -128,6 +129,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        *,
         timesteps: Sequence[int] | None = None,
         guidance_scale: float = 7.5,
         negative_prompt: str | Sequence[str] | None = None,
@@ -137,7 +139,6 @@ class Pipeline:
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
         guidance_rescale: float = 0.0,
-        *,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
         **unknown: object,
@@ -180,6 +181,7 @@ class Pipeline:
         count = repeats * len(prompts)
         seeds = check_seeds(seed, count)
         check_output_type(output_type)
+        guidance_scale, guidance_rescale = check_guidance(guidance_scale, guidance_rescale)
         size = choose_size(self._profiles, height, width)
         given = check_latents(latents, (count, *self.bundle.manifest.model.latent_shape(*size)))
         schedule = self._schedule(scheduler, num_inference_steps, timesteps, eta)
@@ -204,9 +206,11 @@ class Pipeline:
                 for index in range(count)
             ]
             images: list[Any] = []
+            calls = 0
             for session, batch in self._batches(rows, size):
                 with watch("denoise"):
                     finished = session.denoise(batch, self._on_step(callback_on_step_end))
+                calls += session.calls
                 with watch("decode"):
                     images += [self._finish(row, size, output_type) for row in finished]
         timings = Timings(
@@ -215,13 +219,14 @@ class Pipeline:
             denoise_s=watch.seconds["denoise"],
             decode_s=watch.seconds["decode"],
             total_s=time.perf_counter() - started,
-            steps=self.unet_calls(schedule, count, *size),
+            steps=calls,
         )
         return PipelineOutput(images=images, seeds=seeds[: len(images)], timings=timings)
 
     def _load(self, size: tuple[int, int], count: int, *, guided: bool, decode: bool) -> None:
         batch_sizes = set(split_batch(count, (profile.batch_size for profile in self._profiles_of(size))))
         wanted: list[EngineKey] = [(encoder, None, False) for encoder in self._tokenizers]
+        wanted.append((Component.UNET_TIME, None, False))
         wanted += [(Component.UNET, ShapeProfile(*size, batch), guided) for batch in batch_sizes]
         if decode:
             wanted.append((Component.VAE_DECODER, ShapeProfile(*size), False))
@@ -272,7 +277,8 @@ class Pipeline:
                 logger.warning("%s", tokens.warning)
             engine.inputs["tokens"][0] = tokens.ids
             engine.enqueue()
-            _check_finite(engine.outputs["states"], encoder)
+            for output in engine.outputs.values():
+                _check_finite(output, encoder)
             states.append(engine.outputs["states"][0].copy())
             if "pooled" in engine.outputs:
                 pooled = engine.outputs["pooled"][0].copy()

@@ -14,6 +14,7 @@ from rt.model import Component, ModelSpec
 from rt.noise import Generator
 from rt.samplers import Schedule
 from rt.shapes import ShapeProfile
+from rt.time_table import TimeTable
 from rt.trajectory import Trajectory
 
 Float32 = NDArray[np.float32]
@@ -55,12 +56,17 @@ OnStep = Callable[[int, Sequence[Trajectory]], bool]
 
 
 class Session:
-    """The loop at one shape. Owned by one thread; results are valid until the next `denoise`."""
+    """The loop at one shape. Owned by one thread; results are valid until the next `denoise`.
+
+    `calls` counts the U-Net calls of the last one.
+    """
 
     def __init__(self, engines: Engines, spec: ModelSpec, profile: ShapeProfile) -> None:
         self.profile = profile
+        self.calls = 0
         self._engines = engines
         shape = spec.latent_shape(profile.height, profile.width)
+        self._time = TimeTable(engines.get(Component.UNET_TIME))
         self._trajectories = [Trajectory(shape) for _ in range(profile.batch_size)]
 
     def denoise(self, rows: Sequence[Row], on_step: OnStep | None = None) -> list[Float32]:
@@ -86,21 +92,25 @@ class Session:
                 guidance_rescale=row.guidance_rescale,
                 latents=row.latents,
             )
+        self._time.prepare(timestep for row in rows for timestep in row.schedule.timesteps)
         self._condition(unet, rows)
         self._loop(unet, trajectories, on_step)
         return [trajectory.latents for trajectory in trajectories]
 
     def _loop(self, unet: Engine, trajectories: Sequence[Trajectory], on_step: OnStep | None) -> None:
-        latents, timestep = unet.inputs["latents"], unet.inputs["timestep"]
-        # (1, B, C, h, w) without guidance, (2, B, C, h, w) with: unconditional rows first.
+        latents = unet.inputs["latents"]
+        # (1, B, …) without guidance, (2, B, …) with: unconditional rows first.
+        time = unet.inputs["time"].reshape(-1, len(latents), unet.inputs["time"].shape[1])
         prediction = unet.outputs["prediction"].reshape(-1, *latents.shape)
         cond, uncond = prediction[-1], prediction[0] if len(prediction) == 2 else None
-        steps = max(len(trajectory.schedule) for trajectory in trajectories)
-        for step in range(steps):
+        self.calls = 0
+        for step in range(max(len(trajectory.schedule) for trajectory in trajectories)):
             running = [(row, t) for row, t in enumerate(trajectories) if not t.done]
             for row, trajectory in running:
-                trajectory.feed(latents, timestep, row)
+                trajectory.feed(latents[row])
+                time[:, row] = self._time[trajectory.timestep]
             unet.enqueue()
+            self.calls += 1
             for row, trajectory in running:
                 trajectory.guide_and_step(cond[row], None if uncond is None else uncond[row])
             if on_step is not None and not on_step(step, trajectories):
@@ -119,4 +129,4 @@ class Session:
                 unet.inputs["pooled"][index] = conditioning.pooled
                 unet.inputs["sizes"][index] = (*size, 0, 0, *size)
         unet.inputs["latents"].fill(0.0)
-        unet.inputs["timestep"].fill(0.0)
+        unet.inputs["time"].fill(0.0)

@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 from rt.errors import NumericsError
 from rt.noise import Generator
 from rt.samplers import Schedule
+from rt.samplers.table import HISTORY, SAMPLES
 
 Float32 = NDArray[np.float32]
 
-_X, _H, _Z, _SLOTS = 0, 4, 8, 9  # x_{i+1} must not replace any of x_i, x_{i−1}, x_{i−2}; four h; one z
+# Slots of the state: a ring of x, where x_{i+1} must not replace any that row i reads; a ring of h; one z.
+_RING_X, _RING_H = SAMPLES + 1, HISTORY
+_X, _H, _Z, _SLOTS = 0, _RING_X, _RING_X + _RING_H, _RING_X + _RING_H + 1
 
 
 class Trajectory:
@@ -77,12 +80,11 @@ class Trajectory:
     @property
     def latents(self) -> Float32:
         """The current x (C, h, w), a view; assign into it to steer."""
-        return self._slot(_X + self.position % 4)
+        return self._slot(_X + self.position % _RING_X)
 
-    def feed(self, latents: Float32, timestep: NDArray[np.float32], row: int) -> None:
-        """Write the scaled latents and the timestep into row `row` of the network's inputs."""
-        np.multiply(self.latents, self.schedule.c_in[self.position], out=latents[row])
-        timestep[row] = self.schedule.timesteps[self.position]
+    def feed(self, latents: Float32) -> None:
+        """Write the scaled latents, what the network is to see, into `latents` (C, h, w)."""
+        np.multiply(self.latents, self.schedule.c_in[self.position], out=latents)
 
     def guide_and_step(self, cond: Float32, uncond: Float32 | None) -> None:
         """Take the network's output (C, h, w), with or without guidance, and move to the next position.
@@ -93,12 +95,12 @@ class Trajectory:
         i, schedule, state, m = self.position, self.schedule, self._state, self._m
         with np.errstate(over="ignore", invalid="ignore"):  # an error below, not also a warning
             self._guide(cond.reshape(-1), None if uncond is None else uncond.reshape(-1))
-            h = state[_H + i % 4]
+            h = state[_H + i % _RING_H]
             np.multiply(m, schedule.q[i], out=h)
-            h += np.multiply(state[_X + i % 4], schedule.p[i], out=self._scratch)
+            h += np.multiply(state[_X + i % _RING_X], schedule.p[i], out=self._scratch)
             if schedule.n[i] != 0:
                 self._noise.randn(self._shape, out=self._slot(_Z))
-            x = state[_X + (i + 1) % 4]
+            x = state[_X + (i + 1) % _RING_X]
             np.copyto(x, np.dot(self._weights[i], state, out=self._scratch))
             finite = np.isfinite(np.dot(x, x))
         if not finite:
@@ -128,8 +130,8 @@ def _ring_weights(schedule: Schedule) -> Float32:
     steps = np.arange(len(schedule))
     weights = np.zeros((len(schedule), _SLOTS), np.float32)
     for k in range(schedule.a.shape[1]):
-        weights[steps, _X + (steps - k) % 4] = schedule.a[:, k]
+        weights[steps, _X + (steps - k) % _RING_X] = schedule.a[:, k]
     for k in range(schedule.b.shape[1]):
-        weights[steps, _H + (steps - k) % 4] = schedule.b[:, k]
+        weights[steps, _H + (steps - k) % _RING_H] = schedule.b[:, k]
     weights[:, _Z] = schedule.n
     return weights

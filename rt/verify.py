@@ -14,8 +14,8 @@ from rt.config import DType
 from rt.errors import AccuracyError, NumericsError
 
 # Relative L2 distance from torch in fp32 that tells a wrong graph from rounding. Measured on real and
-# random weights: 1e-6 for fp32, 4e-3 for fp16, 2e-2 for bf16; a graph with one wrong op is off by 0.1 or more.
-TOLERANCE = {DType.FP32: 1e-4, DType.FP16: 2e-2, DType.BF16: 8e-2}
+# random weights: 1e-6 for fp32, 4e-3 for fp16, 1.5e-2 for bf16; a graph with one wrong op is off by 0.1 or more.
+TOLERANCE = {DType.FP32: 1e-4, DType.FP16: 2e-2, DType.BF16: 5e-2}
 
 
 def save_reference(
@@ -49,8 +49,9 @@ def compare(engine: Engine, reference: Path, *, name: str, dtype: DType) -> dict
             raise NumericsError(
                 f"{name}: output {output!r} has NaN or Inf in {dtype.value}; build with --dtype fp32"
             )
-        errors[output] = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-        if errors[output] > TOLERANCE[dtype]:
+        scale = max(float(np.linalg.norm(expected)), 1e-30)  # all zeros must not divide by zero
+        errors[output] = float(np.linalg.norm(got - expected)) / scale
+        if not errors[output] <= TOLERANCE[dtype]:
             raise AccuracyError(
                 f"{name}: output {output!r} is {errors[output]:.1e} away from torch (relative L2), "
                 f"more than {TOLERANCE[dtype]:.0e} for {dtype.value}; build with --dtype fp32 or another --backend"
@@ -65,9 +66,10 @@ def verify(bundle: Bundle, backend: Backend) -> Iterator[tuple[EngineRecord, dic
         IntegrityError, NumericsError, AccuracyError: With the file or the engine that is wrong.
     """
     bundle.verify()
-    dtype = bundle.manifest.config.dtype
     for record in bundle.manifest.engines:
         engine = backend.load(
-            bundle.path / record.file, record.inputs, record.outputs, dtype=dtype, threads=cpu_count()
+            bundle.path / record.file, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
         )
-        yield record, compare(engine, bundle.path / record.reference, name=record.name, dtype=dtype)
+        errors = compare(engine, bundle.path / record.reference, name=record.name, dtype=record.dtype)
+        del engine  # before the next one takes its own memory
+        yield record, errors

@@ -4,8 +4,7 @@ The rule is that of autocast, decided by what each op reads and by the magnitude
 - products (linear, convolution, attention, embedding) compute in half;
 - norms compute in fp32: sums over thousands of elements lose the small ones in half;
 - any op that gives or reads a value near the end of the format's range computes in fp32;
-- the rest follows its inputs, so that the sinusoid of the timestep, which enters as fp32, stays fp32
-  up to the first product: in half, timestep 999 would be off by up to 4 in bf16.
+- the rest follows its inputs.
 Inputs and outputs of the graph stay fp32.
 """
 

@@ -47,6 +47,12 @@ class Availability:
         return self.version is not None
 
 
+def broken(version: str, error: Exception) -> Availability:
+    """Of a library that is installed and cannot be imported."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return Availability(version=None, problem=f"{version} is installed but does not load: {reason[-1]}")
+
+
 class Backend(Protocol):
     """A library that runs graphs. Instances hold no state but caches."""
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rt.backends.base import Array, Availability, buffers, failure
+from rt.backends.base import Array, Availability, broken, buffers, failure
 from rt.config import DType
 from rt.extras import install_line
 from rt.shapes import TensorSpec
@@ -27,11 +27,16 @@ class OpenVINO:
     name = "openvino"
 
     def available(self) -> Availability:
-        """Whether the package is installed; it brings its own CPU device."""
+        """Whether the package is installed and loads; it brings its own CPU device."""
         try:
-            return Availability(version=version("openvino"))
+            installed = version("openvino")
         except PackageNotFoundError:
             return Availability(version=None, problem="not installed; run: " + install_line(self.name))
+        try:
+            self._core  # noqa: B018  # loads the library
+        except Exception as error:  # a missing system library, a package for another processor
+            return broken(installed, error)
+        return Availability(version=installed)
 
     def refuses(self, dtype: DType) -> str:
         """Nothing: each format is computed at its own precision or above."""
@@ -66,9 +71,12 @@ class OpenVINO:
     @cached_property
     def _core(self) -> openvino.Core:
         # Without its usage statistics, whose import starts a process and may use the network.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        import openvino
-
+        telemetry = sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        try:
+            import openvino
+        finally:
+            if telemetry is None:
+                del sys.modules["openvino_telemetry"]
         return openvino.Core()
 
     @cached_property

@@ -6,11 +6,12 @@ https://onnxruntime.ai/docs/api/python/api_summary.html
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rt.backends.base import Array, Availability, buffers, failure
+from rt.backends.base import Array, Availability, broken, buffers, failure
 from rt.config import DType
 from rt.extras import install_line
 from rt.shapes import TensorSpec
@@ -25,12 +26,17 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     def available(self) -> Availability:
-        """Whether one of the packages that carry `import onnxruntime` is installed."""
+        """Whether one of the packages that carry `import onnxruntime` is installed, and loads."""
         for package in ("onnxruntime", "onnxruntime-gpu"):
             try:
-                return Availability(version=version(package))
+                installed = version(package)
             except PackageNotFoundError:
                 continue
+            try:
+                import_module("onnxruntime")
+            except Exception as error:  # a missing system library, a package for another processor
+                return broken(installed, error)
+            return Availability(version=installed)
         return Availability(version=None, problem="not installed; run: " + install_line(self.name))
 
     def refuses(self, dtype: DType) -> str:

@@ -38,9 +38,15 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
     "--dtype", type=click.Choice([d.value for d in DType]), help="The same, by name.  [default: fp32]"
 )
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
-@click.option("--height", type=whole_numbers, metavar=_LIST, default=(), help="Pixels; several make profiles.")
-@click.option("--width", type=whole_numbers, metavar=_LIST, default=(), help="Pixels; paired with the heights.")
-@click.option("--batch-size", type=whole_numbers, metavar=_LIST, default=(), help="Pictures at once, such as 1,4.")
+@click.option(
+    "--height", type=whole_numbers, metavar=_LIST, default=(), help="Pixels; several make profiles."
+)
+@click.option(
+    "--width", type=whole_numbers, metavar=_LIST, default=(), help="Pixels; paired with the heights."
+)
+@click.option(
+    "--batch-size", type=whole_numbers, metavar=_LIST, default=(), help="Pictures at once, such as 1,4."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--variant", help="Weights variant, such as fp16.")
 @click.option("--tokenizer", help="Folder or hub id of the vocabulary, for a single file.")

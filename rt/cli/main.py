@@ -75,7 +75,9 @@ def main() -> NoReturn:
     Exit codes: 0 done, 1 failure, 2 usage, 3 bundle damaged or incompatible, 4 package or device missing,
     5 out of memory, 130 interrupted.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _interrupt)
+    sys.unraisablehook = _interrupt_again
     try:
         sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
@@ -91,6 +93,14 @@ def main() -> NoReturn:
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """Let `kill` clean up as Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a destructor, and tracing runs thousands: a lost Ctrl-C comes back at once."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:

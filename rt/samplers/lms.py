@@ -12,7 +12,9 @@ from rt.samplers.levels import SigmaSampler
 from rt.samplers.noise_schedule import Floats
 from rt.samplers.prediction import eps_form
 from rt.samplers.sampler import choice
-from rt.samplers.table import HISTORY, Schedule, Table
+from rt.samplers.table import Schedule, Table
+
+ORDER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ def lms(prediction_type: str, sigmas: Floats) -> Table:
     table.p, table.q = eps_form(prediction_type, 1.0, sigmas[:-1])
     table.a[:, 0] = 1
     for i in range(len(table.p)):
-        nodes = sigmas[max(0, i + 1 - HISTORY) : i + 1][::-1] - sigmas[i]
+        nodes = sigmas[max(0, i + 1 - ORDER) : i + 1][::-1] - sigmas[i]
         for j, basis in enumerate(lagrange_basis(nodes)):
             table.b[i, j] = basis.integ()(sigmas[i + 1] - sigmas[i])
     return table

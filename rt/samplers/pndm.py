@@ -9,7 +9,7 @@ import numpy as np
 
 from rt.samplers.noise_schedule import Floats
 from rt.samplers.sampler import Sampler, choice
-from rt.samplers.table import HISTORY, Schedule, Table
+from rt.samplers.table import Schedule, Table
 
 # Linear multistep weights (equation 12) of the newest output and those before it, by how many there are.
 _ADAMS_BASHFORTH = {
@@ -56,8 +56,7 @@ def plms(prediction_type: str, alpha_bar: Floats, alpha_bar_s: Floats) -> Table:
         x_s = (α_s/α_t) · x − (ᾱ_s − ᾱ_t) / (α_t · (σ_s · α_t + σ_t · α_s)) · ε
 
     Row 0 is an Euler step. Row 1 repeats it from x_0 with the mean of both outputs, and its own output is not
-    kept. So row 4 extrapolates m_4, m_3, m_2 and m_0, one row further back than a row reads; but x_3 was made
-    from x_2, m_2 and m_0, hence m_0 = (x_3 − a_20 · x_2 − b_20 · m_2)/b_22, all within reach.
+    kept: row 4 extrapolates m_4, m_3, m_2 and m_0, which is why rows read five entries of the history.
     """
     alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     alpha_s, sigma_s = np.sqrt(alpha_bar_s), np.sqrt(1 - alpha_bar_s)
@@ -76,11 +75,5 @@ def plms(prediction_type: str, alpha_bar: Floats, alpha_bar_s: Floats) -> Table:
         kept = [k for k in range(i, -1, -1) if k != 1][:4]
         table.a[i, 0] = of_x[i]
         for k, weight in zip(kept, of_m[i] * _ADAMS_BASHFORTH[len(kept)], strict=True):
-            if i - k < HISTORY:
-                table.b[i, i - k] = weight
-            else:
-                m_0 = weight / table.b[2, 2]
-                table.a[i, 1] = m_0
-                table.a[i, 2] = -m_0 * table.a[2, 0]
-                table.b[i, 2] -= m_0 * table.b[2, 0]
+            table.b[i, i - k] = weight
     return table

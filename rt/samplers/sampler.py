@@ -104,7 +104,7 @@ class Sampler(ABC):
             close = nearest(value, valid) if isinstance(value, str) and isinstance(valid[0], str) else ""
             raise ConfigError(
                 f"{name}: {option.name} got {value!r}; expected {' or '.join(map(repr, valid))}{close}. "
-                f"Set it so in scheduler_config.json, or choose another sampler."
+                "Choose another sampler, or set it so in the checkpoint's scheduler_config.json and build again."
             )
         kind, got = type(option.default), type(value)
         if valid is None and kind in (bool, int, float) and got is not kind and (got, kind) != (int, float):

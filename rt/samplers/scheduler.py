@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,8 @@ class Scheduler:
         """The scheduler that a checkpoint asks for, or another one on the same noise schedule.
 
         A `name` means what `OtherScheduler.from_config(pipe.scheduler.config)` does in diffusers: options
-        that the other class has carry over, and those that `config` lacks take the other class's defaults.
+        that the other class has carry over, and those that `config` lacks take the other class's defaults
+        (except `clip_sample`, which is then false).
         What the name itself says is set: `dpmpp-2m` is dpmsolver++ of order 2, `pndm` has no warm-up, a
         suffix is a spacing of noise levels. What it does not say stays as in `config`, Karras included.
 
@@ -131,6 +133,10 @@ class Scheduler:
                 f"scheduler_config.json names no sampler: '_class_name' is {asked!r}; expected a class of "
                 f"diffusers. Give a name, one of {', '.join(SAMPLERS)}."
             )
+        if name is not None:
+            # A checkpoint that says nothing of clipping was not made to be clipped, whatever the other class's
+            # default is: latents go far beyond 1.
+            config = {"clip_sample": False, **config}
         sampler, options = _resolve(asked)
         if spacing is not None:
             options = options | _spaced(sampler, spacing)
@@ -165,7 +171,7 @@ class Scheduler:
             ConfigError: a number of steps, timesteps or eta that the sampler cannot run.
         """
         total = self.sampler.num_train_timesteps
-        if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= total:
+        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= total:
             raise ConfigError(
                 f"num_inference_steps got {num_inference_steps!r}; expected a whole number from 1 to "
                 f"{total}, the number of timesteps that the model was trained on."
@@ -176,7 +182,7 @@ class Scheduler:
         elif self.align_your_steps is not None:
             timesteps = align_your_steps(self.align_your_steps, num_inference_steps, sampler.noise)
         with np.errstate(all="ignore"):  # λ is infinite at σ = 0; what must be finite is checked by Table
-            schedule = sampler.schedule(num_inference_steps, timesteps)
+            schedule = sampler.schedule(int(num_inference_steps), timesteps)
         if schedule.timesteps.max() > total - 1:
             raise ConfigError(
                 f"{self.name}: {num_inference_steps} steps in {sampler.timestep_spacing!r} spacing start at "

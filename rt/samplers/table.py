@@ -12,8 +12,8 @@ from rt.samplers.noise_schedule import Floats, Floats32
 
 SAMPLES = 3
 """How many samples a row reads: x_i, x_{i−1}, x_{i−2}."""
-HISTORY = 4
-"""How many history entries a row reads: h_i … h_{i−3}."""
+HISTORY = 5
+"""How many history entries a row reads: h_i … h_{i−4}."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,7 +41,7 @@ class Schedule:
     a: Floats32
     """(N, 3)"""
     b: Floats32
-    """(N, 4)"""
+    """(N, 5)"""
     n: Floats32
     """(N,) a row draws fresh noise exactly if its entry is not 0."""
     init_noise_sigma: float

@@ -19,7 +19,7 @@ from rt.bench.report import Loop, Report, Settings
 from rt.bench.timing import Samples, watching
 from rt.bundle import Bundle
 from rt.errors import BackendUnavailableError, BundleError, ConfigError
-from rt.model import ModelSpec
+from rt.model import Component, ModelSpec
 from rt.noise import Generator
 from rt.samplers import Scheduler
 from rt.session import Conditioning, Row, Session
@@ -36,7 +36,7 @@ class SleepingUNet:
         self.seconds = seconds
         self.inputs = {
             "latents": np.full(latents, np.nan, np.float32),
-            "timestep": np.full(latents[0], np.nan, np.float32),
+            "time": np.full((2 * latents[0], 1), np.nan, np.float32),
             "context": np.full((2 * latents[0], *context), np.nan, np.float32),
         }
         self.outputs = {"prediction": np.full((2 * latents[0], *latents[1:]), np.nan, np.float32)}
@@ -46,8 +46,19 @@ class SleepingUNet:
         prediction = self.outputs["prediction"]
         prediction[...] = np.random.default_rng().standard_normal(prediction.shape)
 
-    def get(self, *key: object, **guided: bool) -> SleepingUNet:
-        return self
+    def get(self, component: Component, *key: object, **guided: bool) -> SleepingUNet | NoTime:
+        return NoTime() if component is Component.UNET_TIME else self
+
+
+class NoTime:
+    """Features of a timestep, for a network that does not look at them."""
+
+    def __init__(self) -> None:
+        self.inputs = {"timestep": np.zeros(1, np.float32)}
+        self.outputs = {"time": np.zeros((1, 1), np.float32)}
+
+    def enqueue(self) -> None:
+        pass
 
 
 @pytest.fixture

@@ -103,15 +103,16 @@ def test_unet(opened, family, generator):
     """With guidance, the unconditional rows come first and both halves see the same latents and timesteps."""
     checkpoint = opened(family)
     profile = square(checkpoint, batch_size=2)
-    module, traced = programs(checkpoint, Component.UNET, profile)
+    module, (early, *traced) = programs(checkpoint, Component.UNET, profile)
     assert [program.guided for program in traced] == [True, False]
     for program in traced:
         check_form(program)
         assert program.outputs == ("prediction",)
         inputs = fresh(program, generator)
-        inputs["timestep"] = torch.rand(2, generator=generator) * 999
+        timestep = torch.rand(2, generator=generator) * 999
         assert len(inputs["latents"]) == 2
         repeat = 2 if program.guided else 1
+        inputs["time"] = run(early, {"timestep": timestep.repeat(2)})["time"][: 2 * repeat]
         added = None
         if family is Family.SDXL:
             inputs["sizes"] = torch.rand(inputs["sizes"].shape, generator=generator) * 1024
@@ -119,7 +120,7 @@ def test_unet(opened, family, generator):
         with torch.no_grad():
             expected = module(
                 inputs["latents"].repeat(repeat, 1, 1, 1),
-                inputs["timestep"].repeat(repeat),
+                timestep.repeat(repeat),
                 inputs["context"],
                 added_cond_kwargs=added,
             ).sample

@@ -37,6 +37,7 @@ def make_manifest(files: dict[str, FileRecord]) -> Manifest:
         component=Component.UNET,
         profile=profile,
         guided=True,
+        dtype=DType.FP16,
         file="engines/unet.onnx",
         weights="engines/unet.weights",
         reference="reference/unet.npz",

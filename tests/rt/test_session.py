@@ -57,7 +57,7 @@ class FakeUNet:
         rows = BATCH * (2 if guided else 1)
         self.inputs: dict[str, Any] = {
             "latents": np.full((BATCH, *SHAPE), np.nan, np.float32),
-            "timestep": np.full(BATCH, np.nan, np.float32),
+            "time": np.full((rows, 1), np.nan, np.float32),
             "context": np.full((rows, TOKENS, CONTEXT), np.nan, np.float32),
         }
         if pooled:
@@ -73,18 +73,33 @@ class FakeUNet:
             assert np.isfinite(array).all(), f"{name} was not written"
         prediction = self.outputs["prediction"]
         for row, context in enumerate(self.inputs["context"]):
-            x, t = self.inputs["latents"][row % BATCH], self.inputs["timestep"][row % BATCH]
+            x, t = self.inputs["latents"][row % BATCH], self.inputs["time"][row, 0]
             prediction[row] = np.tanh(x * context.mean() + np.roll(x, 1, -1) * context[0, 0] + t / 500 - 1)
         for rows in self.poisoned:
             for row in rows():
                 prediction[row::BATCH] = np.nan
 
 
+class FakeTime:
+    """Gives each timestep back as its only feature."""
+
+    def __init__(self) -> None:
+        self.inputs = {"timestep": np.full(3, np.nan, np.float32)}
+        self.outputs = {"time": np.full((3, 1), np.nan, np.float32)}
+
+    def enqueue(self) -> None:
+        self.outputs["time"][:, 0] = self.inputs["timestep"]
+
+
 class FakeEngines:
     def __init__(self, *, pooled: bool = False) -> None:
         self.loaded = {guided: FakeUNet(guided=guided, pooled=pooled) for guided in (False, True)}
 
-    def get(self, component: Component, profile: ShapeProfile, *, guided: bool) -> FakeUNet:
+    def get(
+        self, component: Component, profile: ShapeProfile | None = None, *, guided: bool = False
+    ) -> FakeUNet | FakeTime:
+        if component is Component.UNET_TIME:
+            return FakeTime()
         assert (component, profile) == (Component.UNET, PROFILE)
         return self.loaded[guided]
 
@@ -202,8 +217,9 @@ def test_what_the_network_is_told(engines, session, rng):
         start = row.noise.randn(SHAPE) if row.latents is None else row.latents
         first = start * np.float32(row.schedule.init_noise_sigma) * row.schedule.c_in[0]
         np.testing.assert_allclose(seen[0]["latents"][i], first, rtol=1e-6)
-        told = [inputs["timestep"][i] for inputs in seen[: len(row.schedule)]]
-        np.testing.assert_array_equal(told, row.schedule.timesteps)
+        for place in (i, BATCH + i):
+            told = [inputs["time"][place, 0] for inputs in seen[: len(row.schedule)]]
+            np.testing.assert_array_equal(told, row.schedule.timesteps)
 
 
 def test_guidance_of_one_is_the_prompt_alone(session, rng):

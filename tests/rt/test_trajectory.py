@@ -138,19 +138,18 @@ def test_given_latents_take_the_place_of_the_first_draw(name, rng):
     np.testing.assert_array_equal(latents, before)
 
 
-def test_feed_scales_into_one_row(rng):
+def test_feed_scales(rng):
     schedule, shape = schedule_of("euler", 5), (4, 6, 5)
     trajectory = Trajectory(shape)
     trajectory.start(schedule, noise=Generator(1), guidance_scale=1.0)
-    latents, timestep = np.full((3, *shape), np.nan, np.float32), np.full(3, np.nan, np.float32)
+    latents = np.full((3, *shape), np.nan, np.float32)
     for m in outputs(rng, shape, 3):
-        latents[:], timestep[:] = np.nan, np.nan
-        trajectory.feed(latents, timestep, 1)
+        latents[:] = np.nan
+        trajectory.feed(latents[1])
         i = trajectory.position
         np.testing.assert_allclose(latents[1], trajectory.latents * schedule.c_in[i], rtol=1e-6)
-        assert timestep[1] == schedule.timesteps[i]
+        assert trajectory.timestep == schedule.timesteps[i]
         assert np.isnan(latents[[0, 2]]).all()
-        assert np.isnan(timestep[[0, 2]]).all()
         trajectory.guide_and_step(m, None)
 
 
@@ -215,17 +214,13 @@ def test_what_is_not_finite_is_an_error_at_its_step(name, value, where, rng):
 def test_the_loop_does_not_allocate(name, buffers):
     """Nothing grows over 200 steps; a step without noise makes no array of the latents' size even for a moment."""
     schedule, shape = schedule_of(name, 250), (4, 64, 64)
-    m, latents, timestep = (
-        np.full(shape, 0.1, np.float32),
-        np.empty((1, *shape), np.float32),
-        np.empty(1, np.float32),
-    )
+    m, latents = np.full(shape, 0.1, np.float32), np.empty(shape, np.float32)
     trajectory = Trajectory(shape)
     trajectory.start(schedule, noise=Generator(0), guidance_scale=7.5)
 
     def steps(count: int) -> None:
         for _ in range(count):
-            trajectory.feed(latents, timestep, 0)
+            trajectory.feed(latents)
             trajectory.guide_and_step(m, m)
 
     tracemalloc.start()
