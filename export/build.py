@@ -21,13 +21,14 @@ from torch import nn
 from rt.backends import Backend, choose, cpu_count
 from rt.bundle import MANIFEST, SCHEMA, Bundle, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
 from rt.config import BuildConfig, DType, fingerprint
-from rt.errors import BuildError, ConfigError
+from rt.errors import BuildError, ConfigError, RtError
 from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import observe
 from rt.export.passes.cast import cast
 from rt.export.staging import staged
 from rt.export.trace import Program, trace
+from rt.export.weights import one_line
 from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress
 from rt.samplers import Scheduler
@@ -70,7 +71,7 @@ def build(
     _check_sampler(checkpoint)
     with (
         staged(Path(output), force=force) as stage,
-        progress("build", total=len(checkpoint.components) + 1, quiet=quiet) as bar,
+        progress("build", total=_steps(checkpoint, config), quiet=quiet) as bar,
         torch.inference_mode(),
     ):
         for folder in ("engines", "reference", "tokenizer"):
@@ -96,7 +97,6 @@ def build(
             files={name: _record(stage / name) for name in _files(stage)},
         )
         (stage / MANIFEST).write_bytes(manifest.to_bytes())
-        bar.advance()
     return Bundle.open(output)
 
 
@@ -111,12 +111,12 @@ def default_profiles(
     Heights and widths are paired in order; a single one of either serves all of the other.
 
     Raises:
-        BuildError: When several heights and several widths do not pair up.
+        ConfigError: When several heights and several widths do not pair up.
     """
     side = checkpoint.spec.sample_size * checkpoint.spec.vae_scale_factor
     heights, widths = list(height) or [side], list(width) or [side]
     if len(heights) != len(widths) and 1 not in (len(heights), len(widths)):
-        raise BuildError(
+        raise ConfigError(
             f"{len(heights)} heights and {len(widths)} widths do not pair up; give as many of each"
         )
     count = max(len(heights), len(widths))
@@ -144,7 +144,6 @@ def _compile(
         engines.append(
             replace(record, error=error, verified_with=f"{backend.name} {backend.arithmetic(record.dtype)}")
         )
-    bar.advance()
     return engines
 
 
@@ -195,11 +194,26 @@ def _lower_all(
 
 @contextmanager
 def _step(bar: Bar, label: str) -> Iterator[None]:
-    """Show what is being done, and log how long it took."""
+    """Show what is being done, log how long it took, and name it where a library fails at it."""
     bar.describe(label)
     started = time.perf_counter()
-    yield
+    try:
+        yield
+    except (RtError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):  # torch has no error of its own for this
+            raise MemoryError from error
+        raise BuildError(f"{label}: {one_line(error)}; nothing was left behind") from error
+    bar.advance()
     logger.info("%s took %.1f s", label, time.perf_counter() - started)
+
+
+def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
+    """Of the progress bar: a load a component, three steps a program, and the hashes."""
+    sizes = {(profile.height, profile.width) for profile in config.profiles}
+    programs = len(checkpoint.spec.text_encoders) + 1 + 2 * len(config.profiles) + len(sizes)
+    return len(checkpoint.components) + 3 * programs + 1
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

@@ -127,5 +127,9 @@ def _swap(stage: Path, target: Path, *, force: bool) -> None:
 
 
 def _explain(error: OSError, target: Path) -> str:
+    """Whether it was the bundle that could not be written, or something that it is made from."""
+    name = str(error.filename or target)
+    if not name.startswith(str(target.parent)):
+        return f"{name} could not be read: {error.strerror or error}; nothing was left behind"
     free = shutil.disk_usage(target.parent).free / 2**30
     return f"{target} could not be written: {error.strerror or error} ({free:.1f} GiB free); nothing was left behind"

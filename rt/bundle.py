@@ -216,7 +216,7 @@ class Bundle:
             IntegrityError: When the manifest is damaged, or a file is missing, a link, or of the wrong size.
             IncompatibleBundleError: When a newer rt wrote it.
         """
-        path = Path(path).absolute()  # engines load later, perhaps from another working directory
+        path = Path(path)
         try:
             raw = (path / MANIFEST).read_bytes()
         except FileNotFoundError:
@@ -230,7 +230,8 @@ class Bundle:
             ) from None
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from None
-        bundle = cls(path, Manifest.from_bytes(raw, path / MANIFEST))
+        # Absolute: engines load later, perhaps from another working directory.
+        bundle = cls(path.absolute(), Manifest.from_bytes(raw, path / MANIFEST))
         for name, record in bundle.manifest.files.items():
             bundle._check_size(name, record)
         return bundle

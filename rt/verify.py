@@ -50,7 +50,8 @@ def compare(engine: Engine, reference: Path, *, name: str, dtype: DType) -> dict
                 f"{name}: output {output!r} has NaN or Inf in {dtype.value}; build with --dtype fp32"
             )
         scale = max(float(np.linalg.norm(expected)), 1e-30)  # all zeros must not divide by zero
-        errors[output] = float(np.linalg.norm(got - expected)) / scale
+        # Three digits: more would differ from run to run, and two builds of one source would not be equal.
+        errors[output] = float(f"{np.linalg.norm(got - expected) / scale:.3g}")
         if not errors[output] <= TOLERANCE[dtype]:
             raise AccuracyError(
                 f"{name}: output {output!r} is {errors[output]:.1e} away from torch (relative L2), "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 import click
@@ -41,9 +42,8 @@ def _describe(manifest: Manifest) -> list[str]:
             f"  {engine.name:<{width}}  {max(engine.error.values()):.1e} from torch with {engine.verified_with}"
         )
         lines += [f"  {'':<{width}}  in fp32: {island}" for island in engine.islands]
-    lines.append(
-        "built with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    lines += textwrap.wrap(versions, 80, initial_indent="with       ", subsequent_indent=" " * 11)
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,9 @@ from rt.samplers import SAMPLERS, SPACINGS, Scheduler
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="What to draw.")
 @click.option("--negative-prompt", help="What to keep away from.")
-@click.option("--steps", "--num-inference-steps", type=int, default=50, show_default=True)
+@click.option(
+    "--steps", "--num-inference-steps", type=int, default=50, show_default=True, help="Of the sampler."
+)
 @click.option("--guidance-scale", type=float, default=7.5, show_default=True, help="1 turns guidance off.")
 @click.option(
     "--guidance-rescale", type=float, default=0.0, help="For zero-terminal-SNR models, such as 0.7."
@@ -33,7 +36,7 @@ from rt.samplers import SAMPLERS, SPACINGS, Scheduler
     "--scheduler", help=f"Sampler: {', '.join(SAMPLERS)}; or a diffusers class.  [default: the model's]"
 )
 @click.option("--spacing", type=click.Choice(SPACINGS), help="Of the timesteps.  [default: the model's]")
-@click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True)
+@click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True, help="Pictures.")
 @click.option("--height", type=int, help="Pixels; one that was built.")
 @click.option("--width", type=int, help="Pixels; one that was built.")
 @click.option(
@@ -73,8 +76,8 @@ def command(
     sampler = Scheduler.from_config(pipe.bundle.manifest.model.scheduler, scheduler, spacing=spacing)
     first = secrets.randbits(32) if seed is None else seed
     seeds = [first + index for index in range(num_images_per_prompt)]
-    paths = _free_paths(OutputPattern(output or "./"), prompt, seeds, force=force)
     calls = pipe.unet_calls(sampler.schedule(steps), num_images_per_prompt, height, width)
+    paths = _free_paths(OutputPattern(output or "./"), prompt, seeds, force=force)
     with progress("draw", total=calls, quiet=quiet) as bar:
         result = pipe(
             prompt,
@@ -126,10 +129,12 @@ def _free_paths(pattern: OutputPattern, prompt: str, seeds: list[int], *, force:
         for index, seed in enumerate(seeds)
     ]
     for path in paths:
-        if path.exists() and not force:
-            raise ConfigError(f"{path} exists: choose another -o or overwrite it with --force")
         try:
+            if path.exists() and not force:
+                raise ConfigError(f"{path} exists: choose another -o or overwrite it with --force")
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK):
+                raise ConfigError(f"cannot write {path}: no permission; choose another -o")
         except OSError as error:
-            raise ConfigError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+            raise ConfigError(f"cannot write {path}: {error.strerror}; choose another -o") from None
     return paths

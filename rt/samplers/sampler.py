@@ -128,8 +128,12 @@ class Sampler(ABC):
         """The table for `steps` steps, or for the `timesteps` given where the sampler takes them."""
 
     def spaced(self, steps: int, *, clipped: int = 0, drop_last: bool = False) -> Floats:
-        """`steps` timesteps in the sampler's spacing, noisiest first; `linspace` ones are not yet whole."""
-        return spacing.timesteps(
+        """`steps` timesteps in the sampler's spacing, noisiest first; `linspace` ones are not yet whole.
+
+        Raises:
+            ConfigError: They begin beyond the last timestep that the model was trained on.
+        """
+        t = spacing.timesteps(
             self.timestep_spacing,
             steps,
             self.num_train_timesteps,
@@ -137,6 +141,12 @@ class Sampler(ABC):
             clipped=clipped,
             drop_last=drop_last,
         )
+        if t.max() > self.num_train_timesteps - 1:
+            raise ConfigError(
+                f"{type(self).__name__}: {steps} steps in {self.timestep_spacing!r} spacing start at timestep "
+                f"{t.max():g}; expected at most {self.num_train_timesteps - 1}. Use fewer steps or another spacing."
+            )
+        return t
 
 
 def _read(option: Field[Any], value: Any) -> Any:

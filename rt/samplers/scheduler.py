@@ -171,7 +171,11 @@ class Scheduler:
             ConfigError: a number of steps, timesteps or eta that the sampler cannot run.
         """
         total = self.sampler.num_train_timesteps
-        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= total:
+        if (
+            type(num_inference_steps) is bool
+            or not isinstance(num_inference_steps, Integral)
+            or not 1 <= num_inference_steps <= total
+        ):
             raise ConfigError(
                 f"num_inference_steps got {num_inference_steps!r}; expected a whole number from 1 to "
                 f"{total}, the number of timesteps that the model was trained on."
@@ -182,14 +186,7 @@ class Scheduler:
         elif self.align_your_steps is not None:
             timesteps = align_your_steps(self.align_your_steps, num_inference_steps, sampler.noise)
         with np.errstate(all="ignore"):  # λ is infinite at σ = 0; what must be finite is checked by Table
-            schedule = sampler.schedule(int(num_inference_steps), timesteps)
-        if schedule.timesteps.max() > total - 1:
-            raise ConfigError(
-                f"{self.name}: {num_inference_steps} steps in {sampler.timestep_spacing!r} spacing start at "
-                f"timestep {schedule.timesteps.max():g}; expected at most {total - 1}. "
-                "Use fewer steps or another spacing."
-            )
-        return schedule
+            return sampler.schedule(int(num_inference_steps), timesteps)
 
     def _slug(self) -> str | None:
         for slug, entry in _SLUGS.items():

@@ -320,9 +320,39 @@ def test_an_end_in_the_middle_leaves_nothing(
         raise error
 
     monkeypatch.setattr(build_module, "lower", fail)
-    with pytest.raises(error):
+    with pytest.raises(BuildError if error is RuntimeError else error):
         build(toy(), tmp_path / "bundle", config())
     assert not any(tmp_path.iterdir())
+
+
+def test_a_failure_of_the_exporter_names_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no such operator\nand a page of advice")
+
+    monkeypatch.setattr(build_module, "lower", fail)
+    with pytest.raises(BuildError, match=r"^text_encoder: lower: no such operator; nothing was left behind$"):
+        build(toy(), tmp_path / "bundle", config())
+
+
+def test_torch_out_of_memory_is_a_memory_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(build_module, "observe", fail)
+    with pytest.raises(MemoryError):
+        build(toy(), tmp_path / "bundle", config())
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_source_that_vanishes_is_not_blamed_on_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/elsewhere/model.safetensors")
+
+    monkeypatch.setattr(build_module, "observe", fail)
+    with pytest.raises(BuildError, match=r"^/elsewhere/model.safetensors could not be read: No such file"):
+        build(toy(), tmp_path / "bundle", config())
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_unipc_bh1_to_zero_is_finite(base_config: dict[str, Any]) -> None:
     config = base_config | {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}
     schedule = Scheduler.from_config(config).schedule(10)
     assert schedule.a[-1].tolist() == [0, 0, 0]
-    assert schedule.b[-1].tolist() == [1, 0, 0, 0]
+    assert schedule.b[-1].tolist() == [1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

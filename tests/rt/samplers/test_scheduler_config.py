@@ -122,7 +122,7 @@ def test_schedule_is_read_only_float32(base_config: dict[str, Any]) -> None:
             with pytest.raises(ValueError, match="read-only"):
                 column[0] = 1
     assert schedule.a.shape == (7, 3)
-    assert schedule.b.shape == (7, 4)
+    assert schedule.b.shape == (7, 5)
     assert schedule.noisy.tolist() == [True] * 6 + [False]
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.init_noise_sigma = 2.0  # type: ignore[misc]
@@ -213,12 +213,18 @@ def test_an_option_that_is_not_supported_is_refused(
         Scheduler.from_config(base_config | options, name)
 
 
-def test_clipping_is_the_default_of_ddim(base_config: dict[str, Any]) -> None:
+def test_clipping_is_the_default_of_ddim_but_not_of_a_checkpoint_run_with_it(
+    base_config: dict[str, Any],
+) -> None:
     del base_config["clip_sample"]
+    base_config["_class_name"] = "DDIMScheduler"
     with pytest.raises(
-        ConfigError, match=r"clip_sample got True; expected False\. Set it so in scheduler_config"
+        ConfigError, match=r"clip_sample got True; expected False\. Choose another sampler, or"
     ):
-        Scheduler.from_config(base_config, "ddim")
+        Scheduler.from_config(base_config)
+    assert Scheduler.from_config(base_config, "ddim").schedule(5).timesteps[0] > 0
+    with pytest.raises(ConfigError, match="clip_sample got True"):
+        Scheduler.from_config(base_config | {"clip_sample": True}, "ddim")
 
 
 def test_unknown_name(base_config: dict[str, Any]) -> None:
