@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from rt.export.trace import Program
@@ -72,11 +73,13 @@ def lower(program: Program, module: nn.Module, weights: WeightFile, path: Path) 
             dynamo=True,
             opset_version=OPSET,
             output_names=list(program.outputs),
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
     assert onnx_program is not None
     model = onnx_program.model
+    # One round of folding and rewriting; a second takes as long and finds only names to drop.
+    optimize_ir(model, num_iterations=1)
     for initializer in model.graph.initializers.values():
         value = initializer.const_value
         if value is not None and value.nbytes > _INLINE_BYTES:
