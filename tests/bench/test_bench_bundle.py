@@ -102,6 +102,7 @@ def test_every_engine_and_the_whole_way_are_measured(tiny_bundle: Path, spec: Mo
     names = [stage.name for stage in report.stages]
     assert names == [
         "text encoder",
+        "U-Net time",
         "U-Net step, guided",
         "U-Net step, unguided",
         "VAE decoder",
@@ -134,6 +135,7 @@ def test_each_batch_size_that_was_built(demo_bundle: Path) -> None:
     pictures = {stage.name: stage.pictures for stage in report.stages}
     assert pictures == {
         "text encoder": 1,
+        "U-Net time": 1,
         "U-Net step, guided": 2,
         "U-Net step, unguided": 2,
         "VAE decoder": 1,

@@ -235,3 +235,40 @@ class Overflow(nn.Module):
 def test_an_output_that_is_not_finite_in_torch_is_an_error() -> None:
     with pytest.raises(NumericsError, match=r"^unet: output 'y' is not finite in torch in fp32"):
         observe(program(Overflow(), x=torch.ones(2)))
+
+
+class Timed(nn.Module):
+    """Two blocks that each add a projection of a sinusoid of the timestep, as a U-Net's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(6, 5)
+        self.blocks = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 3)])
+        self.mix = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        phase = timestep[:, None] * torch.arange(1, 4)
+        time = nn.functional.silu(self.mlp(torch.cat([phase.sin(), phase.cos()], dim=1)))
+        first, second = (block(time) for block in self.blocks)
+        return (self.mix(x + first) + second,)
+
+
+def test_hoist_splits_by_data_dependence_alone() -> None:
+    from rt.export.passes.hoist import hoist
+
+    module, x, timestep = Timed().eval(), torch.randn(3, 4), torch.rand(3) * 999
+    with torch.no_grad():
+        exported = torch.export.export(module, (), {"x": x, "timestep": timestep}, strict=False)
+        early, late = hoist(exported.module(check_guards=False), "timestep", "time")
+        (time,) = early(timestep)
+        (got,) = late(x, time)
+        (expected,) = module(x, timestep)
+        (other,) = late(x, early(timestep + 1)[0])
+    assert time.shape == (3, 4 + 3), "both projections, side by side"
+    torch.testing.assert_close(got, expected)
+    assert not torch.allclose(other, expected)
+    assert {node.target for node in late.graph.nodes if node.op == "placeholder"} == {"x", "time"}
+    assert {name for name, _ in late.named_parameters()} == {"mix.weight", "mix.bias"}
+    assert not {"sin", "cos", "silu"} & {
+        str(n.target).split(".")[1] for n in late.graph.nodes if "aten" in str(n.target)
+    }

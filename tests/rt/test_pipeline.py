@@ -427,3 +427,37 @@ def test_repr(pipe, demo_bundle):
     assert repr(pipe) == f"Pipeline({str(demo_bundle)!r}, backend='openvino')"
     result = pipe("x", seed=1, **FAST)
     assert "seeds=[1]" in repr(result) and "denoise_s=" in repr(result.timings)
+
+
+def test_pndm_goes_on_from_replaced_latents_as_diffusers_does(demo_bundle: Path, demo_model: Path) -> None:
+    """Half the latents are replaced after step 2; row 4 of PLMS reads an output from before that."""
+    import torch
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(demo_model, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = PNDMScheduler.from_config(theirs.scheduler.config, skip_prk_steps=True)
+    given = np.random.default_rng().standard_normal((1, 4, 16, 16)).astype(np.float32)
+
+    def replaced(step: int, latents: Any) -> Any:
+        if step == 2:
+            latents[:, :, :8] = 0.5 * latents[:, :, :8] + 1.0
+        return {"latents": latents}
+
+    arguments = {"num_inference_steps": 10, "guidance_scale": 3.0}
+    expected = theirs(
+        "a red heart",
+        latents=torch.from_numpy(given),
+        output_type="np",
+        callback_on_step_end=lambda pipe, step, t, kwargs: replaced(step, kwargs["latents"]),
+        **arguments,
+    ).images[0]
+    got = Pipeline.from_bundle(demo_bundle)(
+        "a red heart",
+        latents=given,
+        output_type="np",
+        scheduler="pndm",
+        callback_on_step_end=lambda pipe, step, t, kwargs: replaced(step, kwargs["latents"]),
+        **arguments,
+    ).images[0]
+    assert np.abs(got - expected).max() <= 2 / 255
