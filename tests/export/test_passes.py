@@ -237,7 +237,7 @@ def test_an_output_that_is_not_finite_in_torch_is_an_error() -> None:
         observe(program(Overflow(), x=torch.ones(2)))
 
 
-class Timed(nn.Module):
+class Blocks(nn.Module):
     """Two blocks that each add a projection of a sinusoid of the timestep, as a U-Net's do."""
 
     def __init__(self) -> None:
@@ -256,7 +256,7 @@ class Timed(nn.Module):
 def test_hoist_splits_by_data_dependence_alone() -> None:
     from rt.export.passes.hoist import hoist
 
-    module, x, timestep = Timed().eval(), torch.randn(3, 4), torch.rand(3) * 999
+    module, x, timestep = Blocks().eval(), torch.randn(3, 4), torch.rand(3) * 999
     with torch.no_grad():
         exported = torch.export.export(module, (), {"x": x, "timestep": timestep}, strict=False)
         early, late = hoist(exported.module(check_guards=False), "timestep", "time")

@@ -452,7 +452,7 @@ def test_pndm_goes_on_from_replaced_latents_as_diffusers_does(demo_bundle: Path,
         callback_on_step_end=lambda pipe, step, t, kwargs: replaced(step, kwargs["latents"]),
         **arguments,
     ).images[0]
-    got = Pipeline.from_bundle(demo_bundle)(
+    got = rt.Pipeline.from_bundle(demo_bundle)(
         "a red heart",
         latents=given,
         output_type="np",
