@@ -171,4 +171,4 @@ def _serves(record: EngineRecord, profile: ShapeProfile) -> bool:
 def _name(record: EngineRecord) -> str:
     if record.component is Component.UNET:
         return f"U-Net step, {'guided' if record.guided else 'unguided'}"
-    return record.component.value.replace("_", " ").replace("vae", "VAE").replace("unet", "U-Net")
+    return str(record.component.value).replace("_", " ").replace("vae", "VAE").replace("unet", "U-Net")
