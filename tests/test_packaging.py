@@ -40,6 +40,7 @@ LEVELS = (
     "bundle",
     "trajectory",
     "engines",
+    "time_table",
     "session",
     "verify",
     "arguments",
