@@ -322,12 +322,12 @@ def exact(demo: Pair, demo_model: Path) -> dict[str, tuple[dict[str, Any], Array
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "worst"), [("fp16", 35.0), ("bf16", 26.0)])
+@pytest.mark.parametrize(("dtype", "worst"), [("fp16", 35.0), ("bf16", 20.0)])
 def test_half_precision(exact, demo_model, build_bundle, dtype, worst):
     """35 dB is where two pictures still look the same.
 
-    Now and then 20 steps at guidance 7.5 lead bf16 to another picture: of 60 random ones half were above 45 dB,
-    2 below 35 and the worst at 30. So bf16 is held to 35 dB in the median.
+    Now and then 20 steps at guidance 7.5 lead bf16 to another picture: of 120 random ones half were above 44 dB,
+    5 below 35 and the worst at 26. So bf16 is held to 35 dB in the median.
     """
     half = Pair(None, rt.Pipeline.from_bundle(build_bundle(demo_model, dtype=dtype)))
     ratios = {}
