@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,17 @@ import torch
 from torch import nn
 
 from rt.backends import Backend, choose, cpu_count
-from rt.bundle import MANIFEST, SCHEMA, Bundle, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
+from rt.bundle import (
+    MANIFEST,
+    SCHEMA,
+    Bundle,
+    EngineRecord,
+    FileRecord,
+    LoraRecord,
+    Manifest,
+    SourceRecord,
+    hash_file,
+)
 from rt.config import BuildConfig, DType, fingerprint
 from rt.errors import BuildError, ConfigError, RtError
 from rt.export.checkpoint import Checkpoint, Kind
@@ -88,7 +98,14 @@ def build(
             source = _source(checkpoint)
         manifest = Manifest(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            fingerprint=fingerprint(source.files, checkpoint.configs, config.to_json(), SCHEMA, _versions()),
+            fingerprint=fingerprint(
+                source.files,
+                [asdict(lora) for lora in source.loras],
+                checkpoint.configs,
+                config.to_json(),
+                SCHEMA,
+                _versions(),
+            ),
             source=source,
             model=spec,
             config=config,
@@ -212,7 +229,10 @@ def _step(bar: Bar, label: str) -> Iterator[None]:
 def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
     """Of the progress bar: a load a component, three steps a program, and the hashes."""
     sizes = {(profile.height, profile.width) for profile in config.profiles}
-    programs = len(checkpoint.spec.text_encoders) + 1 + 2 * len(config.profiles) + len(sizes)
+    halves = sum(
+        component in (Component.VAE_ENCODER, Component.VAE_DECODER) for component in checkpoint.components
+    )
+    programs = len(checkpoint.spec.text_encoders) + 1 + 2 * len(config.profiles) + halves * len(sizes)
     return len(checkpoint.components) + 3 * programs + 1
 
 
@@ -249,6 +269,10 @@ def _source(checkpoint: Checkpoint) -> SourceRecord:
         revision=checkpoint.revision,
         licence=checkpoint.licence,
         files={name: hash_file(path) for name, path in sorted(checkpoint.files.items())},
+        loras=tuple(
+            LoraRecord(name=lora.path.name, scale=lora.scale, sha256=hash_file(lora.path))
+            for lora in checkpoint.loras
+        ),
     )
 
 

@@ -6,7 +6,7 @@ folder · hub id · single file · synthetic  →  Checkpoint (facts, configs, f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -18,6 +18,7 @@ from rt.errors import CheckpointError, ConfigError, nearest
 from rt.export.facts import FOLDERS, read_spec
 from rt.export.folder import open_folder
 from rt.export.hub import open_hub
+from rt.export.lora import Lora, open_lora
 from rt.export.single_file import open_single_file
 from rt.export.synthetic import open_synthetic
 from rt.export.weights import PICKLE_SUFFIXES, build_empty, check, fill, pickle_error
@@ -77,6 +78,7 @@ class Checkpoint:
         spec: The facts that running the model needs.
         configs: Of each component by its folder's name in diffusers, `model_index` and `scheduler`.
         licence: Of the weights: `license:` of the README's front matter, or a licence file's name.
+        loras: Merged into the weights as they are loaded, in this order.
     """
 
     name: str
@@ -87,24 +89,31 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]] = field(repr=False)
     licence: str | None
     source: Source = field(repr=False)
+    loras: tuple[Lora, ...] = ()
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The text encoders in order, the U-Net and the VAE's decoder."""
-        return (*self.spec.text_encoders, Component.UNET, Component.VAE_DECODER)
+        """The text encoders in order, the U-Net, and as much of the VAE as the model needs."""
+        encoder = (Component.VAE_ENCODER,) if self.spec.inpainting else ()
+        return (*self.spec.text_encoders, Component.UNET, *encoder, Component.VAE_DECODER)
 
     def check(self) -> None:
         """Raise `CheckpointError` unless the weights' headers fit the configs and each tokenizer opens."""
         for component in self.components:
             module = build_empty(component, self._config(component))
             check(module, self.source.headers(component), self._where(component))
+            for lora in self.loras:
+                lora.check(component, module)
         for encoder in self.spec.text_encoders:
             self.tokenizer(encoder)
 
     def load(self, component: Component) -> nn.Module:
-        """The network in float32, eval mode, no gradients; for `VAE_DECODER` the whole `AutoencoderKL`."""
+        """The network in float32, eval mode, no gradients; for either half of the VAE the whole `AutoencoderKL`."""
         module = build_empty(component, self._config(component))
-        return fill(module, self.source.tensors(component), self._where(component))
+        fill(module, self.source.tensors(component), self._where(component))
+        for lora in self.loras:
+            lora.merge(component, module)
+        return module
 
     def tokenizer(self, component: Component) -> Tokenizer:
         """The tokenizer of a text encoder."""
@@ -125,6 +134,7 @@ def open_checkpoint(
     offline: bool = False,
     tokenizer: str | None = None,
     prediction_type: str | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
 ) -> Checkpoint:
     """Read all facts of a checkpoint and check the headers of its weights; the weights stay on disk.
 
@@ -136,6 +146,7 @@ def open_checkpoint(
         offline: Use the hub's cache only.
         tokenizer: Folder or hub id with the CLIP vocabulary of a single file, which holds none.
         prediction_type: What the U-Net predicts, where the checkpoint does not say so or says it wrongly.
+        loras: Files of low-rank additions to the weights, and how much of each.
 
     Raises:
         ConfigError: An argument has no meaning for this kind of checkpoint.
@@ -172,6 +183,8 @@ def open_checkpoint(
         licence=source.licence,
         source=source,
     )
+    opened = tuple(open_lora(path, scale, checkpoint.components) for path, scale in loras)
+    checkpoint = replace(checkpoint, loras=opened)
     checkpoint.check()
     return checkpoint
 

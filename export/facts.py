@@ -13,6 +13,7 @@ FOLDERS = {
     Component.TEXT_ENCODER: "text_encoder",
     Component.TEXT_ENCODER_2: "text_encoder_2",
     Component.UNET: "unet",
+    Component.VAE_ENCODER: "vae",
     Component.VAE_DECODER: "vae",
 }
 CLASSES = {
@@ -25,10 +26,12 @@ CLASSES = {
 _PIPELINES = {
     "StableDiffusionPipeline": ("text_encoder",),
     "StableDiffusionImg2ImgPipeline": ("text_encoder",),
+    "StableDiffusionInpaintPipeline": ("text_encoder",),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
     "StableDiffusionXLImg2ImgPipeline": ("text_encoder", "text_encoder_2"),
+    "StableDiffusionXLInpaintPipeline": ("text_encoder", "text_encoder_2"),
 }
-_READS = "rt reads text-to-image Stable Diffusion 1.x, 2.x and XL: use such a checkpoint"
+_READS = "rt reads text-to-image and inpainting Stable Diffusion 1.x, 2.x and XL: use such a checkpoint"
 
 # What transformers takes where the config of a text encoder is silent.
 _CLIP_DEFAULTS = {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77}
@@ -41,11 +44,11 @@ _OTHER_CONDITIONING = {
     "encoder_hid_dim": "projected image or text features",
     "encoder_hid_dim_type": "projected image or text features",
 }
-_OTHER_INPUTS = {5: "depth to image", 7: "upscaling", 8: "image editing", 9: "inpainting"}
+_OTHER_INPUTS = {5: "depth to image", 7: "upscaling", 8: "image editing"}
 
 
 def components(configs: Mapping[str, Mapping[str, Any]], where: str) -> tuple[Component, ...]:
-    """Text encoders in order, U-Net and VAE of the pipeline that `model_index.json` names.
+    """Text encoders in order, U-Net and both halves of the VAE of the pipeline that `model_index.json` names.
 
     Raises:
         CheckpointError: The pipeline, or the class of one of its parts, is none that rt runs.
@@ -75,7 +78,7 @@ def read_spec(configs: Mapping[str, Mapping[str, Any]], where: str) -> ModelSpec
     Raises:
         CheckpointError: The model has inputs that rt has no value for, or its configs contradict each other.
     """
-    encoders = components(configs, where)[:-2]
+    encoders = tuple(part for part in components(configs, where) if FOLDERS[part].startswith("text_encoder"))
     unet, vae = configs["unet"], configs["vae"]
     text = [{**_CLIP_DEFAULTS, **configs[FOLDERS[encoder]]} for encoder in encoders]
     try:
@@ -93,6 +96,7 @@ def read_spec(configs: Mapping[str, Mapping[str, Any]], where: str) -> ModelSpec
             pooled_size=text[1]["projection_dim"] if len(text) > 1 else None,
             zero_negative=len(text) > 1 and configs["model_index"].get("force_zeros_for_empty_prompt", True),
             scheduler=configs["scheduler"],
+            inpainting=unet["in_channels"] != vae["latent_channels"],
         )
         states = sum(config["hidden_size"] for config in text)
     except (KeyError, TypeError) as error:
@@ -128,7 +132,7 @@ def _refuse_other_conditioning(
 ) -> None:
     inputs, latents = unet["in_channels"], vae["latent_channels"]
     addition = "text_time" if encoders > 1 else None
-    if inputs != latents:
+    if inputs not in (latents, 2 * latents + 1):  # the latter for inpainting: mask and surroundings
         purpose = _OTHER_INPUTS.get(inputs, "another task")
         raise CheckpointError(f"{where} has a U-Net of {inputs} input channels, for {purpose}; {_READS}")
     for key, conditioning in _OTHER_CONDITIONING.items():

@@ -106,8 +106,14 @@ def weight_files(root: Path, folder: str, names: Collection[str], variant: str |
 
 
 def refuse_code(names: Collection[str], where: str) -> None:
-    """Raise `CheckpointError` when a checkpoint has Python files of its own."""
-    if code := sorted(name for name in names if name.endswith(".py")):
+    """Raise `CheckpointError` when a checkpoint has Python files where a loader would run them.
+
+    That is at the root and beside a config; a folder without any, such as one of training scripts, is no component.
+    """
+    configured = {"", *(name.rpartition("/")[0] for name in names if name.endswith(".json"))}
+    if code := sorted(
+        name for name in names if name.endswith(".py") and name.rpartition("/")[0] in configured
+    ):
         raise CheckpointError(
             f"{where} has code of its own ({code[0]}), which rt never runs: use a model without"
         )

@@ -56,7 +56,8 @@ def open_hub(repo: str, revision: str | None, variant: str | None, offline: bool
         )
     root = download(repo, _FACTS, revision=info.sha)
     parts = components({"model_index": read_json(root / "model_index.json")}, repo)
-    weights = [path for part in parts for path in weight_files(root, FOLDERS[part], names, variant)]
+    folders = dict.fromkeys(FOLDERS[part] for part in parts)
+    weights = [path for folder in folders for path in weight_files(root, folder, names, variant)]
     download(repo, [path.relative_to(root).as_posix() for path in weights], revision=info.sha)
     return replace(open_folder(root, variant), revision=info.sha)
 

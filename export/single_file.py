@@ -101,7 +101,7 @@ class SingleFile:
         try:
             if component is Component.UNET:
                 converted = _convert_unet(_part(tensors, _UNET), config)
-            elif component is Component.VAE_DECODER:
+            elif component in (Component.VAE_ENCODER, Component.VAE_DECODER):
                 part = _part(tensors, _VAE)
                 converted = convert_ldm_vae_checkpoint(part, config)
             elif component is Component.TEXT_ENCODER and self.family in _CLIP:

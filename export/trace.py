@@ -66,7 +66,8 @@ class UNet(nn.Module):
 
     With guidance R = 2B: the first B rows are unconditional, the last B conditional, and the latents are
     repeated in here, so that a pass can move the repeat to where the halves first differ.
-    SDXL also takes pooled (R, P) and sizes (R, 6).
+    SDXL also takes pooled (R, P) and sizes (R, 6); an inpainting model mask (B, 1, h, w) and around (B, C, h, w), the
+    latents of what the mask leaves.
     """
 
     def __init__(self, unet: nn.Module, *, guided: bool) -> None:
@@ -81,14 +82,32 @@ class UNet(nn.Module):
         context: Tensor,
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
+        mask: Tensor | None = None,
+        around: Tensor | None = None,
     ) -> tuple[Tensor]:
         """See the class."""
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
+        if mask is not None and around is not None:
+            latents = torch.cat([latents, mask, around], dim=1)
         latents = torch.cat([latents] * self.repeat)
         prediction: tuple[Tensor] = self.unet(
             latents, timestep, context, added_cond_kwargs=added, return_dict=False
         )
         return prediction
+
+
+class VAEEncoder(nn.Module):
+    """Image (1, H, W, 3) in [-1, 1] → mean and std (1, C, h, w) of its latents, scaled as the U-Net has them."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        distribution = self.vae.encode(image.permute(0, 3, 1, 2), return_dict=False)[0]
+        scale = self.vae.config.scaling_factor
+        return distribution.mean * scale, distribution.std * scale
 
 
 class VAEDecoder(nn.Module):
@@ -113,7 +132,7 @@ def trace(
 ) -> Iterator[Program]:
     """Every program that `component` needs for the profiles, one at a time.
 
-    Text does not depend on a shape; the decoder takes one picture at a time, so only its size matters;
+    Text does not depend on a shape; the VAE takes one picture at a time, so only its size matters;
     the U-Net has one program a profile with guidance and one without, and one for the timestep.
 
     Args:
@@ -128,13 +147,17 @@ def trace(
         encoder = TextEncoder(module, penultimate=spec.family is Family.SDXL)
         outputs = ("states", "pooled") if component is Component.TEXT_ENCODER_2 else ("states",)
         yield _trace(component.value, component, None, False, encoder, _text_inputs(module, spec), outputs)
-    elif component is Component.VAE_DECODER:
-        for profile in dict.fromkeys(ShapeProfile(p.height, p.width) for p in profiles):
-            inputs = {"latents": _randn((1, *spec.latent_shape(profile.height, profile.width)))}
-            name = f"{component.value}-{profile.height}x{profile.width}"
-            yield _trace(name, component, profile, False, VAEDecoder(module), inputs, ("image",))
-    else:
+    elif component is Component.UNET:
         yield from _trace_unet(module, spec, profiles, text)
+    else:
+        for profile in dict.fromkeys(ShapeProfile(p.height, p.width) for p in profiles):
+            name = f"{component.value}-{profile.height}x{profile.width}"
+            if component is Component.VAE_ENCODER:
+                inputs = {"image": _randn((1, profile.height, profile.width, 3)).clamp(-1, 1)}
+                yield _trace(name, component, profile, False, VAEEncoder(module), inputs, ("mean", "std"))
+            else:
+                inputs = {"latents": _randn((1, *spec.latent_shape(profile.height, profile.width)))}
+                yield _trace(name, component, profile, False, VAEDecoder(module), inputs, ("image",))
 
 
 def _trace_unet(
@@ -211,6 +234,10 @@ def _unet_inputs(
         size = [profile.height, profile.width]
         inputs["pooled"] = _rows(text, "pooled", rows, (spec.pooled_size,), generator)
         inputs["sizes"] = torch.tensor([[*size, 0, 0, *size]] * rows, dtype=torch.float32)
+    if spec.inpainting:
+        shape = spec.latent_shape(profile.height, profile.width)
+        inputs["mask"] = (_randn((profile.batch_size, 1, *shape[1:]), generator) > 0).float()
+        inputs["around"] = _randn((profile.batch_size, *shape), generator)
     return inputs
 
 

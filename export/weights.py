@@ -42,7 +42,11 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-_DIFFUSERS = {Component.UNET: UNet2DConditionModel, Component.VAE_DECODER: AutoencoderKL}
+_DIFFUSERS = {
+    Component.UNET: UNet2DConditionModel,
+    Component.VAE_ENCODER: AutoencoderKL,
+    Component.VAE_DECODER: AutoencoderKL,
+}
 
 # Names that older libraries gave the same tensors, as (old, new) pieces. transformers dropped the prefix of
 # CLIPTextModel in 5.6; diffusers renamed the attention of the autoencoder in 0.17.

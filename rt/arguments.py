@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rt.errors import ArgumentError, ConfigError, nearest
+from rt.inpainting import Picture, cut_out
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 
@@ -24,6 +25,8 @@ _ALIASES = {
     "n": "num_images_per_prompt",
     "batch_size": "num_images_per_prompt",
     "prompts": "prompt",
+    "mask": "mask_image",
+    "init_image": "image",
 }
 
 
@@ -108,3 +111,17 @@ def check_latents(
             f"latents are {given.shape}; this call needs {expected}: pictures, channels, rows, columns"
         )
     return list(given)
+
+
+def check_inpainting(
+    image: Picture | None, mask_image: Picture | None, size: tuple[int, int], *, wanted: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """The picture with a hole and the hole, see `cut_out`, for a model that wants them; None for one that does not."""
+    given = [name for name, value in (("image", image), ("mask_image", mask_image)) if value is not None]
+    if wanted and len(given) < 2:
+        raise ConfigError(
+            "this bundle paints into a picture: give it image and mask_image (rt run: --image and --mask)"
+        )
+    if given and not wanted:
+        raise ConfigError(f"{given[0]} is for an inpainting model; this bundle draws from the prompt alone")
+    return cut_out(image, mask_image, *size) if wanted else None

@@ -27,7 +27,7 @@ from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile, TensorSpec
 
 FORMAT = "rt-bundle"
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 _NO_DIGEST = b'"digest": "' + b"0" * 64 + b'"'
@@ -92,6 +92,15 @@ class EngineRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraRecord:
+    """A LoRA's file name, how much of it was added, and what the file was."""
+
+    name: str
+    scale: float
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceRecord:
     """Where the weights came from.
 
@@ -101,6 +110,7 @@ class SourceRecord:
         revision: Commit of the hub repository.
         licence: As the model card says.
         files: sha256 of every file that was read, by its name in the source.
+        loras: Low-rank additions that were merged into the weights.
     """
 
     name: str
@@ -108,6 +118,12 @@ class SourceRecord:
     revision: str | None
     licence: str | None
     files: Mapping[str, str]
+    loras: tuple[LoraRecord, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SourceRecord:
+        """From the manifest."""
+        return cls(**{**data, "loras": tuple(LoraRecord(**lora) for lora in data.get("loras", ()))})
 
     @property
     def model_hash(self) -> str:
@@ -184,7 +200,7 @@ class Manifest:
             return cls(
                 created=body["created"],
                 fingerprint=body["fingerprint"],
-                source=SourceRecord(**body["source"]),
+                source=SourceRecord.from_json(body["source"]),
                 model=ModelSpec.from_json(body["model"]),
                 config=BuildConfig.from_json(body["config"]),
                 engines=tuple(EngineRecord.from_json(engine) for engine in body["engines"]),

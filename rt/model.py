@@ -11,14 +11,15 @@ from typing import Any
 class Component(str, Enum):
     """A network of the model, or the part of one that is compiled on its own.
 
-    Named as in diffusers' `model_index.json`; the decoder is half of `vae`, and the U-Net comes in two parts: what
-    depends on the timestep alone, and the step.
+    Named as in diffusers' `model_index.json`; encoder and decoder are halves of `vae`, and the U-Net comes in two
+    parts: what depends on the timestep alone, and the step.
     """
 
     TEXT_ENCODER = "text_encoder"
     TEXT_ENCODER_2 = "text_encoder_2"
     UNET_TIME = "unet_time"
     UNET = "unet"
+    VAE_ENCODER = "vae_encoder"
     VAE_DECODER = "vae_decoder"
 
 
@@ -47,6 +48,7 @@ class ModelSpec:
         pooled_size: Channels of the pooled text embedding (SDXL), or None.
         zero_negative: Whether a missing negative prompt means zero states rather than those of "" (SDXL).
         scheduler: The checkpoint's `scheduler_config.json`, as it is.
+        inpainting: Whether the U-Net also sees a mask and the latents of the picture around it.
     """
 
     family: Family
@@ -60,6 +62,7 @@ class ModelSpec:
     pooled_size: int | None
     zero_negative: bool
     scheduler: Mapping[str, Any]
+    inpainting: bool = False
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, rows and columns of the latents of a picture of `height` x `width` pixels."""

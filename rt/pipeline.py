@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rt.arguments import (
     check_count,
     check_guidance,
+    check_inpainting,
     check_latents,
     check_negative_prompts,
     check_output_type,
@@ -29,6 +30,7 @@ from rt.bundle import Bundle
 from rt.engines import EngineKey, Engines
 from rt.errors import NumericsError
 from rt.images import postprocess, to_pil
+from rt.inpainting import Inpainting, Picture
 from rt.model import Component
 from rt.noise import Generator
 from rt.samplers import Schedule, Scheduler
@@ -141,6 +143,8 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
+        image: Picture | None = None,
+        mask_image: Picture | None = None,
         **unknown: object,
     ) -> PipelineOutput:
         """Draw `num_images_per_prompt` pictures of each prompt, prompt by prompt.
@@ -166,6 +170,8 @@ class Pipeline:
             seed: Of the first picture, the others count up from it; or one for each picture; random when left out.
             scheduler: Name of a sampler (`rt.samplers.SAMPLERS`, diffusers' class names), or a `Scheduler`;
                 the checkpoint's own when left out.
+            image: For an inpainting model: the picture to change, resized to the built size.
+            mask_image: Bright where it is to be painted anew.
 
         Raises:
             ArgumentError: For a keyword that does not exist, with the nearest that does.
@@ -185,6 +191,7 @@ class Pipeline:
         size = choose_size(self._profiles, height, width)
         given = check_latents(latents, (count, *self.bundle.manifest.model.latent_shape(*size)))
         schedule = self._schedule(scheduler, num_inference_steps, timesteps, eta)
+        hole = check_inpainting(image, mask_image, size, wanted=self.bundle.manifest.model.inpainting)
 
         with self._lock:
             self._interrupt = False
@@ -193,6 +200,7 @@ class Pipeline:
                 self._load(size, count, guided=guidance_scale > 1, decode=output_type != "latent")
             with watch("text"):
                 pairs = self._encode(prompts, negatives, guided=guidance_scale > 1)
+                inpainting = None if hole is None else self._encode_picture(*hole)
             rows = [
                 Row(
                     schedule=schedule,
@@ -202,6 +210,7 @@ class Pipeline:
                     guidance_scale=guidance_scale,
                     guidance_rescale=guidance_rescale,
                     latents=given[index],
+                    inpainting=inpainting,
                 )
                 for index in range(count)
             ]
@@ -228,6 +237,8 @@ class Pipeline:
         wanted: list[EngineKey] = [(encoder, None, False) for encoder in self._tokenizers]
         wanted.append((Component.UNET_TIME, None, False))
         wanted += [(Component.UNET, ShapeProfile(*size, batch), guided) for batch in batch_sizes]
+        if self.bundle.manifest.model.inpainting:
+            wanted.append((Component.VAE_ENCODER, ShapeProfile(*size), False))
         if decode:
             wanted.append((Component.VAE_DECODER, ShapeProfile(*size), False))
         self.engines.load(wanted)
@@ -283,6 +294,19 @@ class Pipeline:
             if "pooled" in engine.outputs:
                 pooled = engine.outputs["pooled"][0].copy()
         return Conditioning(states=np.concatenate(states, axis=-1), pooled=pooled)
+
+    def _encode_picture(self, picture: NDArray[np.float32], hole: NDArray[np.float32]) -> Inpainting:
+        encoder = self.engines.get(Component.VAE_ENCODER, ShapeProfile(*hole.shape))
+        np.copyto(encoder.inputs["image"][0], picture)
+        encoder.enqueue()
+        for output in encoder.outputs.values():
+            _check_finite(output, Component.VAE_ENCODER)
+        factor = self.bundle.manifest.model.vae_scale_factor
+        return Inpainting(
+            mask=hole[None, ::factor, ::factor],
+            mean=encoder.outputs["mean"][0].copy(),
+            std=encoder.outputs["std"][0].copy(),
+        )
 
     def _batches(self, rows: Sequence[Row], size: tuple[int, int]) -> Iterator[tuple[Session, Sequence[Row]]]:
         profiles = {profile.batch_size: profile for profile in self._profiles_of(size)}

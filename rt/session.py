@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rt.backends import Engine
 from rt.engines import Engines
+from rt.inpainting import Inpainting
 from rt.model import Component, ModelSpec
 from rt.noise import Generator
 from rt.samplers import Schedule
@@ -40,6 +41,7 @@ class Row:
         guidance_scale: See `Trajectory.start`.
         guidance_rescale: See `Trajectory.start`.
         latents: Unit noise (C, h, w) to begin with instead of drawing it.
+        inpainting: Mask and surroundings, for an inpainting model only.
     """
 
     schedule: Schedule
@@ -49,6 +51,7 @@ class Row:
     guidance_scale: float
     guidance_rescale: float = 0.0
     latents: Float32 | None = None
+    inpainting: Inpainting | None = None
 
 
 OnStep = Callable[[int, Sequence[Trajectory]], bool]
@@ -128,5 +131,9 @@ class Session:
                 size = (self.profile.height, self.profile.width)
                 unet.inputs["pooled"][index] = conditioning.pooled
                 unet.inputs["sizes"][index] = (*size, 0, 0, *size)
+        for index, row in enumerate(rows):
+            if row.inpainting is not None:
+                unet.inputs["mask"][index:] = row.inpainting.mask
+                unet.inputs["around"][index:] = row.inpainting.around(row.noise)
         unet.inputs["latents"].fill(0.0)
         unet.inputs["time"].fill(0.0)

@@ -51,6 +51,7 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
 @click.option("--variant", help="Weights variant, such as fp16.")
 @click.option("--tokenizer", help="Folder or hub id of the vocabulary, for a single file.")
 @click.option("--prediction-type", help="epsilon, v_prediction or sample, where a single file does not say.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Merge a LoRA; may be repeated.")
 @click.option("--offline", is_flag=True, help="Use only what the hub cache holds.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -67,6 +68,7 @@ def command(
     variant: str | None,
     tokenizer: str | None,
     prediction_type: str | None,
+    loras: tuple[str, ...],
     offline: bool,
     force: bool,
     quiet: bool,
@@ -82,6 +84,7 @@ def command(
     with needs("build", "rt build"):
         from rt.export.build import build, default_profiles
         from rt.export.checkpoint import open_checkpoint
+        from rt.export.lora import parse
 
     checkpoint = open_checkpoint(
         model,
@@ -90,6 +93,7 @@ def command(
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         offline=offline,
+        loras=[parse(lora) for lora in loras],
     )
     config = BuildConfig(
         profiles=default_profiles(checkpoint, height, width, batch_size), dtype=chosen, backend=engine.name

@@ -29,6 +29,7 @@ def _describe(manifest: Manifest) -> list[str]:
     revision = f" at {source.revision}" if source.revision else ""
     lines = [
         f"model      {source.name} ({source.kind}{revision}), {model.family.value}, hash {source.model_hash}",
+        *(f"LoRA       {lora.name}, scale {lora.scale:g}" for lora in source.loras),
         f"licence    {source.licence or 'not stated'}",
         f"sampler    {model.scheduler.get('_class_name')}, {model.scheduler.get('prediction_type', 'epsilon')}",
         f"built      {manifest.created}, {config.dtype.value} for {config.backend}, {_mib(size)}",

@@ -36,6 +36,8 @@ from rt.samplers import SAMPLERS, SPACINGS, Scheduler
     "--scheduler", help=f"Sampler: {', '.join(SAMPLERS)}; or a diffusers class.  [default: the model's]"
 )
 @click.option("--spacing", type=click.Choice(SPACINGS), help="Of the timesteps.  [default: the model's]")
+@click.option("--image", type=click.Path(path_type=Path), help="Picture to change, for an inpainting model.")
+@click.option("--mask", type=click.Path(path_type=Path), help="Bright where it is to be painted anew.")
 @click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True, help="Pictures.")
 @click.option("--height", type=int, help="Pixels; one that was built.")
 @click.option("--width", type=int, help="Pixels; one that was built.")
@@ -58,6 +60,8 @@ def command(
     seed: int | None,
     scheduler: str | None,
     spacing: str | None,
+    image: Path | None,
+    mask: Path | None,
     num_images_per_prompt: int,
     height: int | None,
     width: int | None,
@@ -90,10 +94,12 @@ def command(
             num_images_per_prompt=num_images_per_prompt,
             seed=seeds,
             scheduler=sampler,
+            image=image,
+            mask_image=mask,
             callback_on_step_end=lambda *step: bar.advance(),
         )
     source = pipe.bundle.manifest.source
-    for path, image, used in zip(paths, result.images, seeds, strict=True):
+    for path, picture, used in zip(paths, result.images, seeds, strict=True):
         metadata = ImageMetadata(
             prompt=prompt,
             negative_prompt=negative_prompt or "",
@@ -101,14 +107,14 @@ def command(
             sampler=sampler.label,
             guidance_scale=guidance_scale,
             seed=used,
-            width=image.width,
-            height=image.height,
+            width=picture.width,
+            height=picture.height,
             model=Path(source.name).stem,
             model_hash=source.model_hash,
             version=f"rt {rt.__version__}",
             extra={"CFG Rescale": guidance_rescale} if guidance_rescale else {},
         )
-        save(path, np.asarray(image), metadata=None if no_metadata else metadata, overwrite=force)
+        save(path, np.asarray(picture), metadata=None if no_metadata else metadata, overwrite=force)
     if as_json:
         summary = {
             "images": [{"path": str(path), "seed": used} for path, used in zip(paths, seeds, strict=True)],

@@ -395,6 +395,13 @@ def test_own_code(folder: Folder, name: str) -> None:
     assert f"code of its own ({name})" in refused(root)
 
 
+def test_code_that_no_loader_would_run(folder: Folder) -> None:
+    root = folder()
+    (root / "train").mkdir()
+    (root / "train" / "train.py").touch()
+    assert open_checkpoint(str(root)).components
+
+
 def test_auto_map(folder: Folder, edit_json: Edit) -> None:
     root = folder()
     edit_json(root / "unet" / "config.json", auto_map={"AutoModel": "model.Net"})
@@ -411,7 +418,7 @@ def test_auto_map(folder: Folder, edit_json: Edit) -> None:
         ("model_index.json", {"unet": [None, None]}, "has no class as unet"),
         ("model_index.json", {"unet": 3}, "has no class as unet"),
         ("unet/config.json", {"_class_name": "UNet2DModel"}, "has UNet2DModel as unet"),
-        ("unet/config.json", {"in_channels": 9}, "9 input channels, for inpainting"),
+        ("unet/config.json", {"in_channels": 8}, "8 input channels, for image editing"),
         ("unet/config.json", {"in_channels": 6}, "6 input channels, for another task"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "wants class embeddings"),
         ("unet/config.json", {"num_class_embeds": 1000}, "wants class embeddings"),

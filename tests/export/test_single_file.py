@@ -374,7 +374,9 @@ def test_inpainting(write: Callable[..., Path]) -> None:
     key = "model.diffusion_model.input_blocks.0.0.weight"
     path = write(Family.SD1, lambda state: state.update({key: torch.randn(32, 9, 3, 3)}))
     tokenizer = str(next(path.parent.glob("*/tokenizer")))
-    assert "9 input channels, for inpainting" in refused(path, tokenizer=tokenizer)
+    checkpoint = open_checkpoint(str(path), tokenizer=tokenizer)
+    assert checkpoint.spec.inpainting
+    assert checkpoint.load(Component.UNET).config.in_channels == 9
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""LoRA files: merged as diffusers merges them, in every layout; what does not fit is refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rt.errors import CheckpointError, ConfigError, PickleError
+from rt.export.checkpoint import open_checkpoint
+from rt.export.lora import parse
+from rt.model import Component, Family
+
+RANK, ALPHA = 3, 1.5
+UNET = {
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": "linear",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0": "linear",
+    "down_blocks.0.attentions.0.proj_in": "1x1",
+    "down_blocks.0.resnets.0.conv1": "3x3",
+}
+TEXT = {"text_model.encoder.layers.0.self_attn.q_proj": "linear"}
+
+
+def pairs(checkpoint: Path) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """Random A and B for each target, by component and module."""
+    opened = open_checkpoint(str(checkpoint))
+    drawn = {}
+    for part, component, modules in (
+        ("unet", Component.UNET, UNET),
+        ("text_encoder", Component.TEXT_ENCODER, TEXT),
+    ):
+        network = opened.load(component)
+        for name in modules:
+            own = name if part == "unet" else name.removeprefix("text_model.")
+            out, *into = network.get_submodule(own).weight.shape
+            down, up = torch.randn(RANK, *into) * 0.1, torch.randn(out, RANK, *[1] * (len(into) - 1)) * 0.1
+            drawn[part, name] = (down, up)
+    return drawn
+
+
+def write(path: Path, layout: str, drawn: dict[tuple[str, str], tuple[Tensor, Tensor]]) -> Path:
+    tensors = {}
+    for (part, name), (down, up) in drawn.items():
+        if layout == "kohya":
+            stem = {"unet": "lora_unet", "text_encoder": "lora_te"}[part] + "_" + name.replace(".", "_")
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            tensors[f"{stem}.alpha"] = torch.tensor(ALPHA)
+        else:
+            a, b = {"peft": ("lora_A", "lora_B"), "old": ("lora.down", "lora.up")}[layout]
+            tensors |= {f"{part}.{name}.{a}.weight": down, f"{part}.{name}.{b}.weight": up}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["peft", "old", "kohya"])
+def test_every_layout_is_merged(folder: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    root = folder()
+    drawn = pairs(root)
+    file = write(tmp_path / "style.safetensors", layout, drawn)
+    merged, plain = open_checkpoint(str(root), loras=[(file, 0.5)]), open_checkpoint(str(root))
+    strength = 0.5 * (ALPHA / RANK if layout == "kohya" else 1.0)
+    for component, part in ((Component.UNET, "unet"), (Component.TEXT_ENCODER, "text_encoder")):
+        before, after = plain.load(component).state_dict(), merged.load(component).state_dict()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        expected = set()
+        for (owner, module), (down, up) in drawn.items():
+            if owner == part:
+                name = module.removeprefix("text_model.") + ".weight"
+                expected.add(name)
+                addition = torch.einsum("or,r...->o...", up.flatten(1), down)
+                torch.testing.assert_close(
+                    after[name] - before[name], strength * addition, atol=1e-6, rtol=1e-4
+                )
+        assert changed == expected
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+def test_same_as_diffusers(demo_model: Path, tmp_path: Path, layout: str) -> None:
+    drawn = {}
+    pipe = StableDiffusionPipeline.from_pretrained(demo_model, safety_checker=None, torch_dtype=torch.float32)
+    for name, module in pipe.unet.named_modules():
+        if name.endswith(("to_q", "to_v", "to_out.0")):
+            out, into = module.weight.shape
+            drawn["unet", name] = (torch.randn(RANK, into) * 0.05, torch.randn(out, RANK) * 0.05)
+    file = write(tmp_path / "style.safetensors", layout, drawn)
+    pipe.load_lora_weights(file)
+    pipe.fuse_lora(lora_scale=0.7)
+    pipe.unload_lora_weights()
+    expected = pipe.unet.state_dict()
+    found = open_checkpoint(str(demo_model), loras=[(file, 0.7)]).load(Component.UNET).state_dict()
+    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-6
+
+
+def test_several_add_up(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder()
+    file = write(tmp_path / "style.safetensors", "peft", pairs(root))
+    twice = open_checkpoint(str(root), loras=[(file, 0.5), (file, 0.25)]).load(Component.UNET)
+    once = open_checkpoint(str(root), loras=[(file, 0.75)]).load(Component.UNET)
+    for a, b in zip(twice.parameters(), once.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_the_checkpoint_on_disk_stays_as_it_was(folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = folder()
+    weights = root / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    open_checkpoint(str(root), loras=[(write(tmp_path / "a.safetensors", "peft", pairs(root)), 1.0)]).load(
+        Component.UNET
+    )
+    assert weights.read_bytes() == before
+
+
+A = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "is empty"),
+        ({"unet.conv_in.weight": (4, 4)}, "no part of a plain LoRA"),
+        ({f"{A}.hada_w1_a": (4, 4)}, "no part of a plain LoRA"),
+        ({"transformer.x.lora_A.weight": (4, 4)}, "no component of Stable Diffusion"),
+        ({"lora_te2_x.lora_down.weight": (4, 4)}, "text_encoder_2, and this one has none"),
+        ({f"{A}.lora_A.weight": (4, 32)}, "only half of"),
+        ({f"{A}.lora_A.weight": (4, 32), f"{A}.lora_B.weight": (32, 5)}, "is no product"),
+        ({f"{A}.lora_A.weight": (4, 31), f"{A}.lora_B.weight": (32, 4)}, r"the model's is \[32, 32\]"),
+        ({"unet.x.lora_A.weight": (4, 8), "unet.x.lora_B.weight": (8, 4)}, "which unet has not"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    folder: Callable[..., Path], tmp_path: Path, tensors: dict[str, tuple[int, ...]], message: str
+) -> None:
+    file = tmp_path / "bad.safetensors"
+    save_file({name: torch.randn(shape) for name, shape in tensors.items()}, file)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(str(folder(Family.SD1)), loras=[(file, 1.0)])
+    assert "\n" not in str(error.value) and str(file) in str(error.value)
+
+
+def test_pickles_and_missing_files_are_refused(folder: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(PickleError):
+        open_checkpoint(str(folder()), loras=[(tmp_path / "style.pt", 1.0)])
+    with pytest.raises(CheckpointError, match="is missing"):
+        open_checkpoint(str(tmp_path / "sd1"), loras=[(tmp_path / "none.safetensors", 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.7", "a.safetensors", 0.7),
+        ("c:/a", "c:/a", 1.0),
+    ],
+)
+def test_the_command_line_s_spelling(text: str, path: str, scale: float) -> None:
+    assert parse(text) == (Path(path), scale)
+
+
+@pytest.mark.parametrize("text", ["a:nan", "a:inf", "a:1e9"])
+def test_a_scale_without_meaning(text: str) -> None:
+    with pytest.raises(ConfigError, match="scale of the LoRA"):
+        parse(text)
