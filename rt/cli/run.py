@@ -18,11 +18,14 @@ from rt.images import ImageMetadata, OutputPattern, save
 from rt.pipeline import Pipeline
 from rt.progress import progress
 from rt.samplers import SAMPLERS, SPACINGS, Scheduler
+from rt.sheet import sheet
 
 
 @click.command(short_help="Draw pictures with a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", required=True, help="What to draw.")
+@click.option(
+    "-p", "--prompt", "prompts", multiple=True, required=True, help="What to draw; may be repeated."
+)
 @click.option("--negative-prompt", help="What to keep away from.")
 @click.option(
     "--steps", "--num-inference-steps", type=int, default=50, show_default=True, help="Of the sampler."
@@ -38,12 +41,13 @@ from rt.samplers import SAMPLERS, SPACINGS, Scheduler
 @click.option("--spacing", type=click.Choice(SPACINGS), help="Of the timesteps.  [default: the model's]")
 @click.option("--image", type=click.Path(path_type=Path), help="Picture to change, for an inpainting model.")
 @click.option("--mask", type=click.Path(path_type=Path), help="Bright where it is to be painted anew.")
-@click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True, help="Pictures.")
+@click.option("-n", "--num-images-per-prompt", type=int, default=1, show_default=True, help="Of each.")
 @click.option("--height", type=int, help="Pixels; one that was built.")
 @click.option("--width", type=int, help="Pixels; one that was built.")
 @click.option(
     "-o", "--output", default="", help="File, directory or pattern with {seed} {index} {date} {prompt_hash}."
 )
+@click.option("--sheet", "page", help="Also all pictures on one page, with their prompts: a file as in -o.")
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
 @click.option("--threads", type=int, help="Processors to use.  [default: all]")
 @click.option("--no-metadata", is_flag=True, help="Leave the prompt and the settings out of the file.")
@@ -52,7 +56,7 @@ from rt.samplers import SAMPLERS, SPACINGS, Scheduler
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
     bundle: Path,
-    prompt: str,
+    prompts: tuple[str, ...],
     negative_prompt: str | None,
     steps: int,
     guidance_scale: float,
@@ -66,6 +70,7 @@ def command(
     height: int | None,
     width: int | None,
     output: str,
+    page: str | None,
     backend: str,
     threads: int | None,
     no_metadata: bool,
@@ -74,17 +79,24 @@ def command(
     quiet: bool,
 ) -> None:
     """Draw pictures of --prompt with BUNDLE and print their paths."""
-    if not prompt.strip():
+    if not all(prompt.strip() for prompt in prompts):
         raise ConfigError('the prompt is empty; say what to draw: --prompt "a red heart"')
     pipe = Pipeline.from_bundle(bundle, backend=backend, threads=threads)
     sampler = Scheduler.from_config(pipe.bundle.manifest.model.scheduler, scheduler, spacing=spacing)
     first = secrets.randbits(32) if seed is None else seed
-    seeds = [first + index for index in range(num_images_per_prompt)]
-    calls = pipe.unet_calls(sampler.schedule(steps), num_images_per_prompt, height, width)
-    paths = _free_paths(OutputPattern(output or "./"), prompt, seeds, force=force)
+    asked = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+    seeds = [first + index for index in range(len(asked))]
+    calls = pipe.unet_calls(sampler.schedule(steps), len(asked), height, width)
+    pattern = OutputPattern(output or "./")
+    paths = [
+        pattern.path(seed=seed, index=index, prompt=prompt, count=len(asked))
+        for index, (seed, prompt) in enumerate(zip(seeds, asked, strict=True))
+    ]
+    pages = [OutputPattern(page).path(seed=first, index=0, prompt=prompts[0], count=1)] if page else []
+    _check_free([*paths, *pages], force=force)
     with progress("draw", total=calls, quiet=quiet) as bar:
         result = pipe(
-            prompt,
+            prompts,
             height=height,
             width=width,
             num_inference_steps=steps,
@@ -99,7 +111,7 @@ def command(
             callback_on_step_end=lambda *step: bar.advance(),
         )
     source = pipe.bundle.manifest.source
-    for path, picture, used in zip(paths, result.images, seeds, strict=True):
+    for path, picture, used, prompt in zip(paths, result.images, seeds, asked, strict=True):
         metadata = ImageMetadata(
             prompt=prompt,
             negative_prompt=negative_prompt or "",
@@ -115,9 +127,14 @@ def command(
             extra={"CFG Rescale": guidance_rescale} if guidance_rescale else {},
         )
         save(path, np.asarray(picture), metadata=None if no_metadata else metadata, overwrite=force)
+    for path in pages:
+        save(path, np.asarray(sheet(result.images, asked)), overwrite=force)
     if as_json:
         summary = {
-            "images": [{"path": str(path), "seed": used} for path, used in zip(paths, seeds, strict=True)],
+            "images": [
+                {"path": str(path), "seed": used, "prompt": prompt}
+                for path, used, prompt in zip(paths, seeds, asked, strict=True)
+            ],
             "scheduler": sampler.name,
             "backend": pipe.engines.backend.name,
             "backend_reason": pipe.engines.reason,
@@ -128,12 +145,8 @@ def command(
         click.echo("\n".join(str(path) for path in paths))
 
 
-def _free_paths(pattern: OutputPattern, prompt: str, seeds: list[int], *, force: bool) -> list[Path]:
-    """Where the pictures go, known to be free and to have a folder before minutes are spent on drawing them."""
-    paths = [
-        pattern.path(seed=seed, index=index, prompt=prompt, count=len(seeds))
-        for index, seed in enumerate(seeds)
-    ]
+def _check_free(paths: list[Path], *, force: bool) -> None:
+    """Know that the files are free and have a folder, before minutes are spent on drawing them."""
     for path in paths:
         try:
             if path.exists() and not force:
@@ -143,4 +156,3 @@ def _free_paths(pattern: OutputPattern, prompt: str, seeds: list[int], *, force:
                 raise ConfigError(f"cannot write {path}: no permission; choose another -o")
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}; choose another -o") from None
-    return paths

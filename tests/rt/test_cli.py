@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -154,6 +155,23 @@ def test_run_json_says_what_was_drawn_with_what(rt: Rt, demo_bundle: Path) -> No
     assert all(Path(image["path"]).is_file() for image in summary["images"])
     assert summary["scheduler"] == "euler" and summary["backend"] == "openvino"
     assert summary["timings"]["steps"] == 2 and summary["timings"]["total_s"] > 0
+
+
+def test_run_draws_several_prompts_and_a_sheet(rt: Rt, demo_bundle: Path, tmp_path: Path) -> None:
+    prompts = ("-p", "a red heart", "-p", "a pizza")
+    result = rt(
+        "run", demo_bundle, *prompts, *FAST, "-n", 2, "-o", "out/", "--sheet", "out/sheet.png", "--json"
+    )
+    images = json.loads(result.out)["images"]
+    assert [image["prompt"] for image in images] == ["a red heart"] * 2 + ["a pizza"] * 2
+    assert [image["seed"] for image in images] == [7, 8, 9, 10]
+    alone = rt("run", demo_bundle, "-p", "a pizza", *FAST[:-1], 9, "-o", "alone.png")
+    assert alone.code == 0
+    with Image.open(tmp_path / "alone.png") as one, Image.open(images[2]["path"]) as other:
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+        assert one.info["parameters"] == other.info["parameters"]
+    with Image.open(tmp_path / "out" / "sheet.png") as page:
+        assert page.width == 4 * (128 + 12) + 12
 
 
 def test_inspect_describes_and_json_is_the_manifest(rt: Rt, demo_bundle: Path, no_engine: None) -> None:
@@ -306,6 +324,8 @@ def test_usage_of_build(rt: Rt, tmp_path: Path, args: list[str], words: list[str
         (["-o", "{sed}.png"], ["{sed}", "{seed}"]),
         (["-o", "taken.png"], ["taken.png exists", "--force"]),
         (["-o", "taken.png/x.png"], ["taken.png"]),
+        (["--sheet", "taken.png"], ["taken.png exists", "--force"]),
+        (["--sheet", "x.bmp"], [".bmp", ".png"]),
     ],
 )
 def test_usage_of_run(

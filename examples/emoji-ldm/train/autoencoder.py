@@ -16,6 +16,8 @@ from world import Emoji, draw
 
 SPREAD = 0.05
 """Standard deviation of the posterior. Fixed: a learned one opens up before the decoder has learned to read latents."""
+SLACK = 0.25
+"""Largest standard deviation of the noise that the decoder learns to forgive, in latents of unit variance."""
 PIXEL_ART = 0.125
 """The part of the pictures in the style of the LoRA, which brings no decoder of its own."""
 THUMBNAIL_WEIGHT, SIZE_WEIGHT = 0.02, 1e-4
@@ -105,7 +107,10 @@ class AutoencoderTask:
 
 
 class DecoderTask(AutoencoderTask):
-    """More of the same for the decoder alone: the latents, and with them the U-Net's lesson, stay as they are."""
+    """More of the same for the decoder alone: the latents, and with them the U-Net's lesson, stay as they are.
+
+    It sees more noise in them than there is, and so learns to forgive a U-Net that is not quite right.
+    """
 
     name = "decoder"
 
@@ -118,10 +123,9 @@ class DecoderTask(AutoencoderTask):
         """Of the pixels."""
         pictures = self._pictures(np.random.default_rng(rng.initial_seed()), self._rows)
         with torch.no_grad():
-            posterior = self._model.encode(pictures).latent_dist
-            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng).to(
-                pictures
-            )
+            means = self._model.encode(pictures).latent_dist.mean
+            slack = SLACK * torch.rand(len(means), 1, 1, 1, generator=rng)
+            latents = means + (slack * torch.randn(means.shape, generator=rng)).to(means)
         return _distance(self._model.decode(latents).sample.float(), pictures)
 
 

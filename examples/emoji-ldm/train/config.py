@@ -1,4 +1,4 @@
-"""What a run is made of. One preset for two CPU cores, one for a GPU; everything else follows from them."""
+"""What a run is made of: a preset for two CPU cores, one for a GPU, and one of seconds that tests whether all runs."""
 
 from __future__ import annotations
 
@@ -86,5 +86,21 @@ PRESETS = {
         decoder_minutes=2,
         variant_minutes=5,
         scenes=400_000,
+    ),
+    "smoke": Config(
+        size=64,
+        emoji=6,
+        vae_channels=(8, 8, 16),
+        unet_channels=(32, 64),
+        unet_attention=(False, True),
+        text_width=48,
+        text_layers=1,
+        vae_rows=2,
+        unet_rows=4,
+        vae_minutes=0.02,
+        unet_minutes=0.02,
+        decoder_minutes=0.01,
+        variant_minutes=0.02,
+        scenes=128,
     ),
 }

@@ -2,7 +2,7 @@
 
 Every prompt is held out: its emoji were never seen with that background, in that corner or beside each other. Pictures
 are drawn by rt. What is in them is found without a network: at the place that the caption names, the picture's pixels
-are compared with the font's glyphs of all concepts, moved by up to 4 pixels and scaled by up to 6 %, on the background
+are compared with the font's glyphs of all concepts, moved by up to 6 pixels, on the background
 that the picture has; the nearest in mean squared error is what it shows. The background is the colour of the palette
 nearest to the median of the picture's border.
 """
@@ -10,6 +10,7 @@ nearest to the median of the picture's border.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from autoencoder import to_bytes, to_signed
 from render import Renderer
 from world import COLOURS, Emoji, Placed, Scene, draw, load
 
-SHIFT_PX, SCALES = 4, (0.94, 1.0, 1.06)
+SHIFT_PX = 6
 MARGIN = 0.1
 """Around a glyph's box, in parts of the picture: what is compared."""
 
@@ -85,26 +86,23 @@ class Judge:
     def _make_templates(
         self, centre: tuple[float, float], side: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of all emoji, sizes and shifts: alpha [N, h, w, 1], colour times alpha [N, h, w, 3], which emoji [N]."""
+        """Of all emoji and shifts: alpha [N, h, w, 1], colour times alpha [N, h, w, 3], which emoji [N]."""
         rows, columns = self._box(Placed(self._emoji[0], centre, side))
-        steps = range(-SHIFT_PX, SHIFT_PX + 1, 2)
         alphas, colours, owner = [], [], []
         for index, emoji in enumerate(self._emoji):
-            for scale in SCALES:
-                glyph = self._renderer.glyph(emoji, round(side * scale * self._size))
-                for dy in steps:
-                    for dx in steps:
-                        layer = Image.new("RGBA", (self._size, self._size))
-                        at = [
-                            round(c * self._size - extent / 2) + d
-                            for c, extent, d in zip(centre, glyph.size, (dx, dy), strict=True)
-                        ]
-                        layer.paste(glyph, (at[0], at[1]))
-                        pixels = np.asarray(layer, np.float32)[rows, columns]
-                        alpha = pixels[..., 3:] / 255
-                        alphas.append(_halved(alpha))
-                        colours.append(_halved(pixels[..., :3] * alpha))
-                        owner.append(index)
+            glyph = self._renderer.glyph(emoji, round(side * self._size))
+            for shift in itertools.product(range(-SHIFT_PX, SHIFT_PX + 1, 2), repeat=2):
+                layer = Image.new("RGBA", (self._size, self._size))
+                x, y = (
+                    round(c * self._size - extent / 2) + by
+                    for c, extent, by in zip(centre, glyph.size, shift, strict=True)
+                )
+                layer.paste(glyph, (x, y))
+                pixels = np.asarray(layer, np.float32)[rows, columns]
+                alpha = pixels[..., 3:] / 255
+                alphas.append(_halved(alpha))
+                colours.append(_halved(pixels[..., :3] * alpha))
+                owner.append(index)
         return np.stack(alphas), np.stack(colours), np.array(owner)
 
 

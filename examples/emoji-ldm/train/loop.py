@@ -10,7 +10,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 WARMUP_STEPS = 100
-WEIGHT_DECAY = 0.01
 SAVE_EVERY_S, PREVIEW_EVERY_S = 180, 420
 
 
@@ -46,24 +45,22 @@ class Workers:
         if self.count > 1:
             dist.barrier()
 
+    def share(self, vector: Tensor) -> None:
+        """Replace each worker's by the first one's, in place."""
+        if self.count > 1:
+            dist.broadcast(vector, 0)
+
     def agree(self, number: float) -> float:
         """The first worker's number, on all of them."""
-        if self.count == 1:
-            return number
         shared = torch.tensor([number], dtype=torch.float64, device=self.device)
-        dist.broadcast(shared, 0)
+        self.share(shared)
         return shared.item()
 
-    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Replace each worker's by the mean of all."""
-        if self.count == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.count
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+    def average(self, vector: Tensor) -> None:
+        """Replace each worker's by the mean of all, in place."""
+        if self.count > 1:
+            dist.all_reduce(vector)
+            vector /= self.count
 
 
 class Task(Protocol):
@@ -80,111 +77,108 @@ class Task(Protocol):
         """Writes pictures that show how far the training is; runs with the averaged weights."""
 
 
-class Average:
-    """Exponential moving average of weights, with a short memory at first."""
+class Weights:
+    """All that a task trains, as one vector: one exchange, one step, one average instead of hundreds.
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.decay, self.updates = decay, 0
-        self._live = parameters
-        self.kept = [p.detach().clone() for p in parameters]
+    Attributes:
+        vector: [n], of which the modules' parameters have become views; so have their gradients of its gradient.
+        average: [n], exponential moving average with a short memory at first.
+    """
+
+    def __init__(self, modules: nn.Module, decay: float):
+        parameters = [p for p in modules.parameters() if p.requires_grad]
+        sizes = [p.numel() for p in parameters]
+        self.vector = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+        self.vector.grad = torch.zeros_like(self.vector)
+        values, gradients = self.vector.data.split(sizes), self.vector.grad.split(sizes)
+        for p, value, gradient in zip(parameters, values, gradients, strict=True):
+            p.data, p.grad = value.view_as(p), gradient.view_as(p)
+        self.average, self._decay, self._updates = self.vector.detach().clone(), decay, 0
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the live weights as they are now."""
-        self.updates += 1
-        torch._foreach_lerp_(
-            self.kept, self._live, 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        )
+    def track(self) -> None:
+        """Take the vector as it is now into the average."""
+        self._updates += 1
+        self.average.lerp_(self.vector, 1 - min(self._decay, (1 + self._updates) / (10 + self._updates)))
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges live and averaged weights; a second call puts them back."""
-        for live, kept in zip(self._live, self.kept, strict=True):
-            live.data, kept.data = kept.data, live.data
+        """Exchange vector and average; a second call puts them back."""
+        vector = self.vector.clone()
+        self.vector.copy_(self.average)
+        self.average.copy_(vector)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"vector": self.vector.detach(), "average": self.average, "updates": self._updates}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.vector.copy_(state["vector"])
+        self.average.copy_(state["average"])
+        self._updates = state["updates"]
 
 
 def train(
-    task: Task,
-    folder: Path,
-    workers: Workers,
-    *,
-    minutes: float,
-    rate: float,
-    decay: float = 0.999,
+    task: Task, folder: Path, workers: Workers, *, minutes: float, rate: float, decay: float = 0.999
 ) -> None:
     """Trains `task` until its budget is spent, and leaves the averaged weights in ``task.modules``.
 
     Args:
         folder: keeps ``NAME.ckpt``, from which an interrupted run goes on, and previews ``NAME-MINUTES.png``.
         minutes: of training, counted over all runs of this folder.
-        rate: peak learning rate of AdamW, warmed up linearly, then half a cosine down to zero.
+        rate: peak learning rate of Adam, warmed up linearly, then half a cosine down to zero.
         decay: of the moving average of the weights.
     """
     torch.manual_seed(workers.rank)
     task.modules.to(workers.device).train()
-    parameters = [p for p in task.modules.parameters() if p.requires_grad]
-    for p in parameters:  # every worker begins with the first one's weights
-        if workers.count > 1:
-            dist.broadcast(p.data, 0)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=rate,
-        betas=(0.9, 0.99),
-        fused=True,
-    )
-    average = Average(parameters, decay)
-    step, spent = _resume(folder / f"{task.name}.ckpt", task, optimizer, average)
+    weights = Weights(task.modules, decay)
+    workers.share(weights.vector.data)
+    weights.average.copy_(weights.vector.data)
+    optimizer = torch.optim.Adam([weights.vector], lr=rate, betas=(0.9, 0.99), fused=True)
+    checkpoint = folder / f"{task.name}.ckpt"
+    step, spent = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=workers.device)
+        weights.restore(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
 
     def save() -> None:
         if workers.first:
-            state = {
-                "modules": task.modules.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": (average.updates, average.kept),
-                "step": step,
-                "spent": spent,
-            }
-            part = folder / f"{task.name}.ckpt.part"
-            torch.save(state, part)
-            part.replace(folder / f"{task.name}.ckpt")
+            part = checkpoint.with_suffix(".part")
+            progress = {"step": step, "spent": spent}
+            torch.save({"weights": weights.state(), "optimizer": optimizer.state_dict(), **progress}, part)
+            part.replace(checkpoint)
 
     def preview() -> None:
         if workers.first:
-            average.swap()
+            weights.swap()
             task.modules.eval()
             with torch.no_grad():
                 task.preview(folder / f"{task.name}-{spent / 60:03.0f}.png")
             task.modules.train()
-            average.swap()
+            weights.swap()
         workers.wait()
 
     budget, mean_loss = minutes * 60, math.nan
     saved, previewed = spent, spent
-    bar = tqdm(
-        total=round(budget),
-        initial=round(spent),
-        desc=task.name,
-        unit="s",
-        disable=not workers.first,
-        mininterval=5,
-    )
+    seconds = {"total": round(budget), "initial": round(spent), "unit": "s"}
+    bar = tqdm(**seconds, desc=task.name, mininterval=5, disable=not workers.first)
     while spent < budget:
         started = time.monotonic()
-        scale = min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * spent / budget))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * scale
-        rng = torch.Generator().manual_seed((step * workers.count + workers.rank) * 7919 + 1)
+        warmth, progress = min(1.0, (step + 1) / WARMUP_STEPS), spent / budget
+        optimizer.param_groups[0]["lr"] = rate * warmth * 0.5 * (1 + math.cos(math.pi * progress))
+        rng = torch.Generator().manual_seed(step * workers.count + workers.rank)
         with torch.autocast(workers.device.type, torch.bfloat16):
             loss = task.loss(rng)
         loss.backward()
-        workers.average_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        workers.average(weights.vector.grad)
+        nn.utils.clip_grad_norm_(weights.vector, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update()
+        weights.vector.grad.zero_()
+        weights.track()
         step += 1
         mean_loss = loss.item() if math.isnan(mean_loss) else 0.99 * mean_loss + 0.01 * loss.item()
         spent = workers.agree(spent + time.monotonic() - started)
@@ -200,19 +194,6 @@ def train(
     if saved < spent:
         save()
         preview()
-    average.swap()
+    weights.swap()
     task.modules.eval().requires_grad_(False)
     workers.wait()
-
-
-def _resume(path: Path, task: Task, optimizer: torch.optim.Optimizer, average: Average) -> tuple[int, float]:
-    """Takes up what an earlier run left; returns its steps and its seconds of training."""
-    if not path.exists():
-        return 0, 0.0
-    state = torch.load(path, map_location="cpu")
-    task.modules.load_state_dict(state["modules"])
-    optimizer.load_state_dict(state["optimizer"])
-    average.updates, kept = state["average"]
-    for mine, saved in zip(average.kept, kept, strict=True):
-        mine.copy_(saved)
-    return state["step"], state["spent"]

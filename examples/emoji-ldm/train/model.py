@@ -24,6 +24,7 @@ SCHEDULE: dict[str, Any] = {
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
     "clip_sample": False,
+    "steps_offset": 1,  # of no effect here, but diffusers warns without it
 }
 
 

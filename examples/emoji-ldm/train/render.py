@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from world import COLOURS, Emoji, Placed, Scene
+from world import CELLS, COLOURS, Emoji, Scene
 
 FONTS = (
     Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
@@ -56,21 +56,23 @@ class Renderer:
         return glyph.resize(small, Image.Resampling.LANCZOS).convert("RGBA")
 
     def __call__(self, scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
-        """The picture, uint8 [height, width, 3]; with `rng`, every emoji is moved and scaled by a few per cent."""
+        """The picture, uint8 [height, width, 3]; with `rng`, every emoji may stand a cell of the grid aside."""
         canvas = Image.new("RGB", (self.size, self.size), COLOURS[scene.colour])
         for placed in scene.placed:
-            self._paste(canvas, placed, rng)
+            glyph = self.glyph(placed.emoji, round(placed.side * self.size))
+            aside = rng.integers(-1, 2, 2) if rng else (0, 0)
+            x, y = (
+                self._place(centre, extent, steps)
+                for centre, extent, steps in zip(placed.centre, glyph.size, aside, strict=True)
+            )
+            canvas.paste(glyph, (x, y), glyph)
         return np.asarray(canvas)
 
-    def _paste(self, canvas: Image.Image, placed: Placed, rng: np.random.Generator | None) -> None:
-        shift = rng.uniform(-0.03, 0.03, 2) if rng else (0.0, 0.0)
-        stretch = rng.uniform(0.94, 1.06) if rng else 1.0
-        glyph = self.glyph(placed.emoji, round(placed.side * stretch * self.size))
-        corner = [
-            round((centre + offset) * self.size - extent / 2)
-            for centre, offset, extent in zip(placed.centre, shift, glyph.size, strict=True)
-        ]
-        canvas.paste(glyph, (corner[0], corner[1]), glyph)
+    def _place(self, centre: float, extent: int, steps: int) -> int:
+        """The first pixel of a glyph, moved by so many cells, or not at all where it would be cut off."""
+        first = round(centre * self.size - extent / 2)
+        moved = first + steps * self.size // CELLS
+        return int(moved) if 0 <= moved <= self.size - extent else first
 
 
 def pixel_art(picture: np.ndarray, blocks: int = 16) -> np.ndarray:

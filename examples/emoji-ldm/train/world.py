@@ -1,7 +1,7 @@
 """What there is to draw and how one says it: emoji, backgrounds, places, captions, and what is kept from training.
 
-A caption fixes its picture up to a few pixels, so that a learner who has the words has the picture. Which combinations
-are held out is a property of their words alone: every machine and every run agrees on it.
+A caption fixes its picture up to a small step aside, so that a learner who has the words has nearly the picture. Which
+combinations are held out is a property of their words alone: every machine and every run agrees on it.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """sRGB of every background."""
 
 CORNERS = {
-    "top left": (0.27, 0.27),
-    "top right": (0.73, 0.27),
-    "bottom left": (0.27, 0.73),
-    "bottom right": (0.73, 0.73),
+    "top left": (0.25, 0.25),
+    "top right": (0.75, 0.25),
+    "bottom left": (0.25, 0.75),
+    "bottom right": (0.75, 0.75),
 }
 RELATIONS = {
-    "and": ((0.26, 0.5), (0.74, 0.5)),
-    "left of": ((0.26, 0.5), (0.74, 0.5)),
-    "right of": ((0.74, 0.5), (0.26, 0.5)),
-    "above": ((0.5, 0.26), (0.5, 0.74)),
-    "below": ((0.5, 0.74), (0.5, 0.26)),
+    "and": ((0.25, 0.5), (0.75, 0.5)),
+    "left of": ((0.25, 0.5), (0.75, 0.5)),
+    "right of": ((0.75, 0.5), (0.25, 0.5)),
+    "above": ((0.5, 0.25), (0.5, 0.75)),
+    "below": ((0.5, 0.75), (0.5, 0.25)),
 }
 """Where the first and the second of a pair stand: centres (x, y) in parts of the picture, y downwards."""
 
-LARGE, SMALL = 0.74, 0.46
+LARGE, SMALL = 0.74, 0.44
 """Sides of a glyph that stands alone and of one in a corner or a pair, in parts of the picture."""
+
+CELLS = 16
+"""Emoji stand on a grid of so many cells a side. It is the latents': a glyph is the same wherever it is put."""
 
 CONTEXT = 16
 """Places of the text encoder; the longest caption has 13 words."""

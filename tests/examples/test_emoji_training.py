@@ -1,0 +1,90 @@
+"""The demo model's training, for seconds: every stage runs, goes on where it was stopped, and ends in what rt reads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rt.export.checkpoint import open_checkpoint
+from rt.model import Component
+
+CODE = Path(__file__).parents[2] / "examples" / "emoji-ldm" / "train"
+FONTS = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FONTS.exists(), reason="Noto Color Emoji is not installed"),
+]
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(CODE / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training") / "run"
+    for done in (script("prepare.py", folder, "--preset", "smoke"), script("train.py", folder)):
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_the_model_is_whole(run: Path) -> None:
+    checkpoint = open_checkpoint(str(run / "model"))
+    assert not checkpoint.spec.inpainting and checkpoint.spec.latent_channels == 4
+    assert (run / "model" / "names.txt").read_text().splitlines()[0] == "a red heart"
+    previews = {path.name.split("-")[0] for path in run.glob("*-*.png")}
+    assert previews == {"autoencoder", "diffusion", "decoder"}
+
+
+def test_a_stopped_run_goes_on(run: Path) -> None:
+    """What is finished is not done again: the files it left are read and stay as they were."""
+    left = {path: path.stat().st_mtime_ns for path in (*run.glob("*.ckpt"), *run.glob("*.pt"))}
+    assert {path.name for path in left} >= {"autoencoder.ckpt", "diffusion.ckpt", "decoder.ckpt"}
+    before = (run / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    again = script("train.py", run)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in left} == left
+    assert (run / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_inpainting(run: Path) -> None:
+    done = script("train.py", run, "--variant", "inpainting")
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = open_checkpoint(str(run / "inpainting"))
+    assert checkpoint.spec.inpainting
+    new = checkpoint.load(Component.UNET).conv_in.weight[:, 4:]
+    assert new.abs().max() > 0  # they began as zeros
+
+
+def test_lcm(run: Path) -> None:
+    done = script("train.py", run, "--variant", "lcm")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert open_checkpoint(str(run / "lcm")).spec.scheduler["_class_name"] == "LCMScheduler"
+
+
+def test_pixel_art(run: Path) -> None:
+    done = script("train.py", run, "--variant", "pixel-art")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lora = run / "pixel-art" / "pixel-art.safetensors"
+    plain = open_checkpoint(str(run / "model")).load(Component.UNET).state_dict()
+    styled = open_checkpoint(str(run / "model"), loras=[(lora, 1.0)]).load(Component.UNET).state_dict()
+    changed = [name for name in plain if not plain[name].equal(styled[name])]
+    assert any(name.endswith("to_q.weight") for name in changed)
+    assert any(name.endswith("conv1.weight") for name in changed)
+
+
+def test_a_run_that_was_not_prepared(tmp_path: Path) -> None:
+    done = script("train.py", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "prepare.py" in done.stderr

@@ -1,0 +1,151 @@
+"""The demo model's world: captions say what is drawn, held-out scenes stay out, the judge knows the real ones."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+CODE = Path(__file__).parents[2] / "examples" / "emoji-ldm" / "train"
+
+
+@pytest.fixture(scope="module")
+def code() -> Iterator[SimpleNamespace]:
+    """The modules of the training code, which are scripts beside each other and no package."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(CODE))
+    try:
+        import evaluate
+        import render
+        import vocabulary
+        import world
+
+        yield SimpleNamespace(world=world, render=render, vocabulary=vocabulary, evaluate=evaluate)
+    finally:
+        sys.path.remove(str(CODE))
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(CODE)):
+                del sys.modules[name]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+@pytest.fixture
+def renderer(code: SimpleNamespace) -> object:
+    if not any(path.exists() for path in code.render.FONTS):
+        pytest.skip("Noto Color Emoji is not installed")
+    return code.render.Renderer(64)
+
+
+def test_captions(code: SimpleNamespace) -> None:
+    scene = code.world.Scene
+    heart, apple = (code.world.Emoji("x", name) for name in ("a red heart", "an apple"))
+    assert scene((heart,)).caption == "a red heart"
+    assert scene((apple,), "orange").caption == "an apple on an orange background"
+    assert scene((apple,), "blue", "top left").caption == "an apple at the top left on a blue background"
+    assert (
+        scene((heart, apple), "grey", "left of").caption
+        == "a red heart left of an apple on a grey background"
+    )
+
+
+def test_names_are_different_and_fit_the_context(code: SimpleNamespace) -> None:
+    emoji = code.world.load(128)
+    assert len({one.name for one in emoji}) == len({one.character for one in emoji}) == 128
+    longest = max(len(one.name.split()) for one in emoji)
+    assert 2 * longest + len(["left", "of", "on", "a", "purple", "background"]) + 2 <= code.world.CONTEXT
+
+
+@pytest.mark.parametrize("count", [1, 129])
+def test_how_many_there_are(code: SimpleNamespace, count: int) -> None:
+    with pytest.raises(SystemExit, match=r"emoji\.tsv lists 2 to 128"):
+        code.world.load(count)
+
+
+def test_nothing_held_out_is_trained_on(code: SimpleNamespace, rng: np.random.Generator) -> None:
+    """By what a scene shows, not by its own word: no reserved combination appears in any training scene."""
+    emoji = code.world.load(12)
+
+    def combinations(held_out: bool) -> Counter[tuple[str, ...]]:
+        seen: Counter[tuple[str, ...]] = Counter()
+        for _ in range(6000):
+            scene = code.world.draw(rng, emoji, held_out)
+            names = sorted(one.name for one in scene.emoji)
+            if len(names) == 2:
+                seen[("pair", *names)] += 1
+            if scene.colour != "white":
+                seen.update(("colour", name, scene.colour) for name in names)
+            if scene.place in code.world.CORNERS:
+                seen["corner", names[0], scene.place] += 1
+        return seen
+
+    trained = combinations(held_out=False)
+    possible = {key for key in (*trained, *combinations(held_out=True))}
+    kept = possible - trained.keys()
+    assert 0.1 < len(kept) / len(possible) < 0.3
+    assert min(trained.values()) > 1  # so that what is absent is absent on purpose
+
+
+def test_every_word_is_one_token(code: SimpleNamespace, rng: np.random.Generator, tmp_path: Path) -> None:
+    emoji = code.world.load(48)
+    captions = [code.world.draw(rng, emoji, bool(i % 2)).caption for i in range(800)]
+    code.vocabulary.write(tmp_path, captions, code.world.CONTEXT)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.model_max_length == code.world.CONTEXT
+    for caption in captions:
+        words = [token.removesuffix("</w>") for token in tokenizer.tokenize(caption)]
+        assert words == caption.split()
+    assert tokenizer.decode(tokenizer("zebra 7").input_ids, skip_special_tokens=True).strip() == "zebra 7"
+
+
+def test_emoji_stand_on_the_grid_and_inside(
+    code: SimpleNamespace, renderer: object, rng: np.random.Generator
+) -> None:
+    for one in code.world.load(128):
+        scene = code.world.Scene((one,), "blue", "bottom right")
+        plain, moved = renderer(scene), renderer(scene, rng)
+        background = np.array(code.world.COLOURS["blue"], np.uint8)
+        boxes = []
+        for picture in (plain, moved):
+            rows, columns = np.nonzero((picture != background).any(axis=2))
+            boxes.append((rows.min(), columns.min(), rows.max(), columns.max()))
+        shifts = np.subtract(boxes[1], boxes[0])
+        assert np.isin(shifts, (-4, 0, 4)).all() and tuple(shifts[:2]) == tuple(shifts[2:])
+
+
+def test_the_judge_knows_real_pictures(
+    code: SimpleNamespace, renderer: object, rng: np.random.Generator
+) -> None:
+    """Also under noise; and it does not say yes to the neighbour's picture."""
+    emoji = code.world.load(48)
+    judge = code.evaluate.Judge(emoji, 64)
+    for pairs in (False, True):
+        scenes = code.evaluate.held_out(rng, emoji, 12, pairs)
+        assert all(scene.held_out and (len(scene.emoji) == 2) == pairs for scene in scenes)
+        pictures = [renderer(scene, rng) for scene in scenes]
+        noisy = [np.clip(p + rng.normal(0, 20, p.shape), 0, 255).astype(np.uint8) for p in pictures]
+        assert all(judge(scene, picture).right for scene, picture in zip(scenes, noisy, strict=True))
+        wrong = [judge(scene, picture) for scene, picture in zip(scenes, noisy[1:] + noisy[:1], strict=True)]
+        assert not any(verdict.right for verdict in wrong)
+
+
+def test_sheets(code: SimpleNamespace, renderer: object, rng: np.random.Generator) -> None:
+    emoji = code.world.load(8)
+    judge = code.evaluate.Judge(emoji, 64)
+    scenes = code.evaluate.held_out(rng, emoji, 5, pairs=True)
+    page = code.evaluate.sheet([judge(scene, renderer(scene)) for scene in scenes], columns=2)
+    assert page.size == (2 * 140, 3 * 172)
+
+
+def test_a_font_that_is_not_there(code: SimpleNamespace) -> None:
+    with pytest.raises(SystemExit, match=r"^error: Noto Color Emoji was not found at /nowhere\.ttf"):
+        code.render.Renderer(64, "/nowhere.ttf")
