@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 from rt.errors import BundleError, CheckpointError, ConfigError
 from rt.tokenizer import MAX_CHARACTERS, Tokenizer, from_folder
 
-FOLDER = Path(__file__).parents[2] / "examples" / "emoji-ldm" / "tokenizer"
+FOLDER = Path(__file__).parents[1] / "data" / "tokenizer"
 START, END = 2310, 2311
 MAX_LENGTH = 16
 
@@ -36,7 +36,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def write_folder(folder: Path, **files: object) -> Path:
-    """The example's vocabulary with other configs."""
+    """A vocabulary of 1,800 merges with other configs."""
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*config.json", "*map.json"))
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))

@@ -56,23 +56,27 @@ class Renderer:
         return glyph.resize(small, Image.Resampling.LANCZOS).convert("RGBA")
 
     def __call__(self, scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
-        """The picture, uint8 [height, width, 3]; with `rng`, every emoji may stand a cell of the grid aside."""
+        """The picture, uint8 [height, width, 3]; with `rng`, all of it may stand a cell of the grid aside.
+
+        That is up or down, and left or right for what stands one above the other.
+        """
+        step = int(rng.integers(-1, 2)) if rng else 0
+        aside = (step, 0) if scene.place in ("above", "below") else (0, step)
         canvas = Image.new("RGB", (self.size, self.size), COLOURS[scene.colour])
         for placed in scene.placed:
             glyph = self.glyph(placed.emoji, round(placed.side * self.size))
-            aside = rng.integers(-1, 2, 2) if rng else (0, 0)
             x, y = (
-                self._place(centre, extent, steps)
-                for centre, extent, steps in zip(placed.centre, glyph.size, aside, strict=True)
+                self._place(centre, extent, cells)
+                for centre, extent, cells in zip(placed.centre, glyph.size, aside, strict=True)
             )
             canvas.paste(glyph, (x, y), glyph)
         return np.asarray(canvas)
 
-    def _place(self, centre: float, extent: int, steps: int) -> int:
+    def _place(self, centre: float, extent: int, cells: int) -> int:
         """The first pixel of a glyph, moved by so many cells, or not at all where it would be cut off."""
         first = round(centre * self.size - extent / 2)
-        moved = first + steps * self.size // CELLS
-        return int(moved) if 0 <= moved <= self.size - extent else first
+        moved = first + cells * self.size // CELLS
+        return moved if 0 <= moved <= self.size - extent else first
 
 
 def pixel_art(picture: np.ndarray, blocks: int = 16) -> np.ndarray:

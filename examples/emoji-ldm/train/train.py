@@ -9,6 +9,7 @@ Interrupted, it goes on from its last checkpoint when it is called again. Pictur
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -73,6 +74,9 @@ def main() -> None:
     if workers.first:
         folder = run / (args.variant or "model")
         task.export(folder)
+        if args.variant != "pixel-art":  # transformers writes a format of its own that few other programs read
+            shutil.rmtree(folder / "tokenizer")
+            shutil.copytree(run / "tokenizer", folder / "tokenizer")
         names = [emoji.name for emoji in load(config.emoji)]
         (folder / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
         print(f"{folder}: done")

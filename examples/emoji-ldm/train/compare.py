@@ -1,0 +1,88 @@
+"""What steps, samplers, guidance and precision do to a model: ``python compare.py MODEL BUNDLE [BUNDLE ...]``.
+
+The same held-out prompts and seeds under each setting. Top-1 is that of `evaluate.py`; PSNR is against the first bundle at
+same setting, so that it shows the precision alone. Prints Markdown and writes ``comparison.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rt
+from evaluate import Judge, held_out
+from rt.samplers import SAMPLERS
+from world import Scene, load
+
+STEPS, GUIDANCE, SAMPLER_STEPS = 20, 4.0, 12
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one setting did: names of what was varied, top-1 in per cent, PSNR in dB where it was compared."""
+
+    varied: str
+    value: str
+    top1_percent: float
+    psnr_db: float | None = None
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="the folder that train.py wrote")
+    parser.add_argument(
+        "bundles", type=Path, nargs="+", help="what `rt build` made of it, the reference first"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=48, help="with one emoji and with two, each (default: 48)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("comparison.json"))
+    args = parser.parse_args()
+
+    emoji = load(len((args.model / "names.txt").read_text(encoding="utf-8").splitlines()))
+    rng = np.random.default_rng(5)
+    scenes = [
+        *held_out(rng, emoji, args.prompts, pairs=False),
+        *held_out(rng, emoji, args.prompts, pairs=True),
+    ]
+    pipes = [rt.Pipeline.from_bundle(bundle) for bundle in args.bundles]
+    judge = Judge(emoji, pipes[0].bundle.manifest.config.profiles[0].height)
+
+    def drawn(pipe: rt.Pipeline, **settings: Any) -> np.ndarray:
+        settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **settings}
+        pictures = pipe([scene.caption for scene in scenes], seed=0, **settings).images
+        return np.stack([np.asarray(picture) for picture in pictures])
+
+    def top1(pictures: np.ndarray, of: list[Scene] = scenes) -> float:
+        right = [judge(scene, picture).concepts_right for scene, picture in zip(of, pictures, strict=True)]
+        return round(100 * float(np.mean(right)), 1)
+
+    results = []
+    reference = drawn(pipes[0])
+    for pipe in pipes:
+        pictures = drawn(pipe)
+        error = np.square((pictures - reference.astype(float)) / 255).mean()
+        psnr = None if pipe is pipes[0] else round(float(-10 * np.log10(error)), 1)
+        results.append(Result("precision", pipe.bundle.manifest.config.dtype.value, top1(pictures), psnr))
+    for steps in (2, 4, 8, 12, 20, 50):
+        results.append(Result("steps", str(steps), top1(drawn(pipes[0], num_inference_steps=steps))))
+    for scale in (1.0, 2.0, 4.0, 7.5):
+        results.append(Result("guidance", f"{scale:g}", top1(drawn(pipes[0], guidance_scale=scale))))
+    for name in SAMPLERS:
+        pictures = drawn(pipes[0], scheduler=name, num_inference_steps=SAMPLER_STEPS)
+        results.append(Result(f"sampler, {SAMPLER_STEPS} steps", name, top1(pictures)))
+
+    args.out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+    print("| varied | value | top-1, % | PSNR, dB |\n|---|---|---|---|")
+    for result in results:
+        print(f"| {result.varied} | {result.value} | {result.top1_percent} | {result.psnr_db or ''} |")
+
+
+if __name__ == "__main__":
+    main()
