@@ -15,6 +15,11 @@ from rt.bundle import FORMAT, MANIFEST
 from rt.errors import BuildError
 
 
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise `BuildError` where `staged` would, without touching anything: before work that comes first."""
+    _check_free(Path(os.path.abspath(target)), force=force)
+
+
 @contextmanager
 def staged(target: Path, *, force: bool) -> Iterator[Path]:
     """A new sibling of `target` to write into; it takes the target's name when the block ends well.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ from rt.arguments import (
 from rt.backends import AUTO
 from rt.bundle import Bundle
 from rt.engines import EngineKey, Engines
-from rt.errors import NumericsError
+from rt.errors import ConfigError, NumericsError
 from rt.images import postprocess, to_pil
 from rt.inpainting import Inpainting, Picture
 from rt.model import Component
@@ -94,7 +94,8 @@ class Pipeline:
         )
         self._sessions: dict[ShapeProfile, Session] = {}
         self._interrupt = False
-        self._lock = Lock()
+        self._lock = RLock()
+        self._drawing = False
 
     def __repr__(self) -> str:
         return f"Pipeline({str(self.bundle.path)!r}, backend={self.engines.backend.name!r})"
@@ -193,7 +194,7 @@ class Pipeline:
         schedule = self._schedule(scheduler, num_inference_steps, timesteps, eta)
         hole = check_inpainting(image, mask_image, size, wanted=self.bundle.manifest.model.inpainting)
 
-        with self._lock:
+        with self._turn():
             self._interrupt = False
             watch = _Stopwatch()
             with watch("load"):
@@ -231,6 +232,18 @@ class Pipeline:
             steps=calls,
         )
         return PipelineOutput(images=images, seeds=seeds[: len(images)], timings=timings)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time: other threads wait, and a callback of the running call is told that it cannot."""
+        with self._lock:
+            if self._drawing:
+                raise ConfigError("a callback cannot draw with the pipeline that calls it: open a second one")
+            self._drawing = True
+            try:
+                yield
+            finally:
+                self._drawing = False
 
     def _load(self, size: tuple[int, int], count: int, *, guided: bool, decode: bool) -> None:
         batch_sizes = set(split_batch(count, (profile.batch_size for profile in self._profiles_of(size))))
@@ -331,8 +344,11 @@ class Pipeline:
                 latents = np.stack([row.latents for row in rows])
                 timestep = float(rows[0].schedule.timesteps[step])
                 result = callback(self, step, timestep, {"latents": latents})
-                for row, replaced in zip(rows, (result or {}).get("latents", latents), strict=True):
-                    row.latents[...] = replaced
+                replaced = np.asarray((result or {}).get("latents", latents))
+                if replaced.shape != latents.shape:
+                    raise ConfigError(f"the callback gave latents {replaced.shape}; expected {latents.shape}")
+                for row, new in zip(rows, replaced, strict=True):
+                    row.latents[...] = new
             return not self._interrupt
 
         return on_step

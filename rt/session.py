@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rt.backends import Engine
 from rt.engines import Engines
+from rt.errors import ConfigError
 from rt.inpainting import Inpainting
 from rt.model import Component, ModelSpec
 from rt.noise import Generator
@@ -83,8 +84,13 @@ class Session:
             The latents of each row (C, h, w), as views.
 
         Raises:
+            ConfigError: When only some rows have guidance.
             NumericsError: When the U-Net gives NaN or Inf.
         """
+        if len({row.uncond is None for row in rows}) > 1:
+            raise ConfigError(
+                "rows with guidance and rows without cannot share a run: give all of them uncond, or none"
+            )
         unet = self._engines.get(Component.UNET, self.profile, guided=rows[0].uncond is not None)
         trajectories = self._trajectories[: len(rows)]
         for trajectory, row in zip(trajectories, rows, strict=True):

@@ -165,7 +165,7 @@ class Scheduler:
         Args:
             num_inference_steps: steps; some samplers have two rows a step.
             timesteps: the timesteps themselves, falling, where the class of diffusers takes them.
-            eta: of DDIM (0 by default) and TCD (0.3), from 0 to 1.
+            eta: of DDIM (0 by default) and TCD (0.3), from 0 to 1; 0, no noise, is taken by all others, too.
 
         Raises:
             ConfigError: a number of steps, timesteps or eta that the sampler cannot run.
@@ -202,6 +202,8 @@ class Scheduler:
 
     def _with_eta(self, eta: float) -> Sampler:
         if not isinstance(self.sampler, DDIM | TCD):
+            if eta == 0:
+                return self.sampler
             raise ConfigError(f"{self.name}: eta got {eta!r}; only ddim and tcd have it. Leave it out.")
         if not 0 <= eta <= 1:
             raise ConfigError(f"{self.name}: eta got {eta!r}; expected a number from 0 to 1.")

@@ -339,6 +339,18 @@ def test_usage_of_run(
     assert (tmp_path / "taken.png").read_bytes() == b"mine"
 
 
+def test_build_asks_for_the_output_before_it_fetches_a_model(
+    rt: Rt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rt.export import checkpoint
+
+    monkeypatch.setattr(checkpoint, "open_hub", lambda *_: pytest.fail("fetched"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_bytes(b"mine")
+    result = rt("build", "org/name", "-o", "taken")
+    assert result.code == 1 and "taken exists" in result.error
+
+
 def test_run_without_a_prompt_says_so(rt: Rt, demo_bundle: Path) -> None:
     result = rt("run", demo_bundle)
     assert result.code == 2 and "--prompt" in result.error

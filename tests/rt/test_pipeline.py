@@ -276,6 +276,24 @@ def test_callback_may_replace_the_latents(pipe, words, rng, in_place):
     assert len(seen) == 8
 
 
+def test_latents_of_another_shape_are_refused(pipe, words):
+    with pytest.raises(
+        ConfigError, match=re.escape("the callback gave latents (4, 16, 16); expected (1, 4, 16, 16)")
+    ):
+        pipe(words(), callback_on_step_end=lambda *s: {"latents": np.zeros((4, 16, 16), np.float32)}, **FAST)
+
+
+def test_a_callback_cannot_draw_with_its_own_pipeline(pipe, words):
+    with pytest.raises(ConfigError, match="a callback cannot draw with the pipeline that calls it"):
+        pipe(words(), callback_on_step_end=lambda given, *s: given(words(), **FAST), **FAST)
+    assert pipe(words(), **FAST).images
+
+
+def test_no_noise_is_taken_by_samplers_that_add_none(pipe, words):
+    arguments = {"prompt": words(), "seed": 3, "scheduler": "euler", "output_type": "latent", **FAST}
+    np.testing.assert_array_equal(pipe(eta=0.0, **arguments).images[0], pipe(**arguments).images[0])
+
+
 def test_an_error_in_the_callback_passes_through_and_the_pipeline_goes_on(pipe, words):
     def callback(*step: Any) -> None:
         raise LookupError("mine")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rt.bundle import Bundle
 from rt.engines import Engines
-from rt.errors import NumericsError
+from rt.errors import ConfigError, NumericsError
 from rt.model import Component, Family, ModelSpec
 from rt.noise import Generator
 from rt.samplers import Schedule, Scheduler
@@ -220,6 +220,14 @@ def test_what_the_network_is_told(engines, session, rng):
         for place in (i, BATCH + i):
             told = [inputs["time"][place, 0] for inputs in seen[: len(row.schedule)]]
             np.testing.assert_array_equal(told, row.schedule.timesteps)
+
+
+def test_rows_with_guidance_and_without_do_not_mix(engines, session, rng):
+    guided, plain = recipes(rng, guided=True)[0](), recipes(rng, guided=False)[0]()
+    for rows in ([guided, plain], [plain, guided]):
+        with pytest.raises(ConfigError, match="cannot share a run"):
+            session.denoise(rows)
+    assert engines.loaded[True].calls == engines.loaded[False].calls == 0
 
 
 def test_guidance_of_one_is_the_prompt_alone(session, rng):

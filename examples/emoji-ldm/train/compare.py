@@ -1,7 +1,7 @@
 """What steps, samplers, guidance and precision do to a model: ``python compare.py MODEL BUNDLE [BUNDLE ...]``.
 
-The same held-out prompts and seeds under each setting. Top-1 is that of `evaluate.py`; PSNR is against the first bundle at
-same setting, so that it shows the precision alone. Prints Markdown and writes ``comparison.json``.
+The same held-out prompts and seeds under each setting. Top-1 is that of `evaluate.py`; PSNR is against the first bundle
+at the same setting, so that it shows the precision alone. Prints Markdown and writes ``comparison.json``.
 """
 
 from __future__ import annotations

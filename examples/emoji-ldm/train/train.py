@@ -74,7 +74,9 @@ def main() -> None:
     if workers.first:
         folder = run / (args.variant or "model")
         task.export(folder)
-        if args.variant != "pixel-art":  # transformers writes a format of its own that few other programs read
+        if (
+            args.variant != "pixel-art"
+        ):  # transformers writes a format of its own that few other programs read
             shutil.rmtree(folder / "tokenizer")
             shutil.copytree(run / "tokenizer", folder / "tokenizer")
         names = [emoji.name for emoji in load(config.emoji)]
