@@ -66,7 +66,9 @@ def _open(picture: Picture, name: str) -> Image.Image:
         if isinstance(picture, str | Path):
             with Image.open(picture) as opened:
                 return opened.copy()
-        return picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+        if isinstance(picture, Image.Image):
+            return picture
+        return Image.fromarray(np.asarray(picture))
     except UnidentifiedImageError:
         raise ConfigError(f"{name} {picture} is no picture: expected PNG, JPEG or WebP") from None
     except OSError as error:
