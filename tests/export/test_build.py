@@ -112,7 +112,7 @@ class Toy(Checkpoint):
 
 
 def toy(change: Callable[[nn.Module], object] = lambda module: None) -> Toy:
-    return Toy("toy", Kind.SYNTHETIC, None, {}, SPEC, {}, None, SimpleNamespace(), change)  # type: ignore[arg-type]
+    return Toy("toy", Kind.SYNTHETIC, None, {}, SPEC, {}, None, SimpleNamespace(), change=change)  # type: ignore[arg-type]
 
 
 def config(*profiles: ShapeProfile, dtype: DType = DType.FP32, backend: str = "onnxruntime") -> BuildConfig:
