@@ -15,11 +15,6 @@ from rt.bundle import FORMAT, MANIFEST
 from rt.errors import BuildError
 
 
-def check_target(target: Path, *, force: bool) -> None:
-    """Raise `BuildError` where `staged` would, without touching anything: before work that comes first."""
-    _check_free(Path(os.path.abspath(target)), force=force)
-
-
 @contextmanager
 def staged(target: Path, *, force: bool) -> Iterator[Path]:
     """A new sibling of `target` to write into; it takes the target's name when the block ends well.
@@ -32,7 +27,7 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     try:
-        _check_free(target, force=force)
+        check_free(target, force=force)
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(target)
         stage = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
@@ -52,7 +47,8 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _check_free(target: Path, *, force: bool) -> None:
+def check_free(target: Path, *, force: bool) -> None:
+    """Raise `BuildError` when a bundle cannot be written to `target`; `staged` asks it, too."""
     if not os.path.lexists(target):
         return
     if not force:
@@ -112,7 +108,7 @@ def _sync(directory: Path) -> None:
 
 def _swap(stage: Path, target: Path, *, force: bool) -> None:
     """Rename onto the target; what was there moves aside first, since a rename needs an empty place."""
-    _check_free(target, force=force)  # another build may have been faster
+    check_free(target, force=force)  # another build may have been faster
     if target.exists():
         aside = _aside(target)
         target.rename(aside)

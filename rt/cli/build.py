@@ -85,9 +85,9 @@ def command(
         from rt.export.build import build, default_profiles
         from rt.export.checkpoint import open_checkpoint
         from rt.export.lora import parse
-        from rt.export.staging import check_target
+        from rt.export.staging import check_free
 
-    check_target(output, force=force)  # a hub model may be gigabytes to fetch
+    check_free(output, force=force)  # a hub model may be gigabytes to fetch
     checkpoint = open_checkpoint(
         model,
         revision=revision,

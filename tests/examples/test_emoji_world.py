@@ -138,12 +138,13 @@ def test_the_judge_knows_real_pictures(
         assert not any(verdict.right for verdict in wrong)
 
 
-def test_sheets(code: SimpleNamespace, renderer: object, rng: np.random.Generator) -> None:
+def test_a_wrong_picture_is_told_with_what_it_shows(code: SimpleNamespace, renderer: object) -> None:
     emoji = code.world.load(8)
     judge = code.evaluate.Judge(emoji, 64)
-    scenes = code.evaluate.held_out(rng, emoji, 5, pairs=True)
-    page = code.evaluate.sheet([judge(scene, renderer(scene)) for scene in scenes], columns=2)
-    assert page.size == (2 * 140, 3 * 172)
+    asked, other = code.world.Scene((emoji[0],), "blue"), code.world.Scene((emoji[3],), "green")
+    assert code.evaluate.told(judge(asked, renderer(asked))) == "a red heart on a blue background"
+    wrong = code.evaluate.told(judge(asked, renderer(other)))
+    assert wrong == "a red heart on a blue background [a moon; green]"
 
 
 def test_a_font_that_is_not_there(code: SimpleNamespace) -> None:

@@ -66,10 +66,10 @@ PRESETS = {
         vae_rows=8,
         unet_rows=64,
         vae_minutes=27,
-        unet_minutes=56,
+        unet_minutes=150,
         decoder_minutes=9,
         variant_minutes=15,
-        scenes=48_000,
+        scenes=32_000,
     ),
     "gpu": Config(
         size=128,

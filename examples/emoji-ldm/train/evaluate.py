@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import rt
 from autoencoder import to_bytes, to_signed
 from render import Renderer
+from rt.sheet import sheet
 from world import COLOURS, Emoji, Placed, Scene, draw, load
 
 SHIFT_PX = 6
@@ -134,31 +135,11 @@ def reconstruction(model: Path, scenes: Iterable[Scene], renderer: Renderer) -> 
     return float(-10 * np.log10(np.mean(errors)))
 
 
-def sheet(verdicts: list[Verdict], columns: int) -> Image.Image:
-    """Pictures with their captions, twice as large; where something is wrong, what was found instead."""
-    font = ImageFont.load_default(11)
-    side = 2 * verdicts[0].picture.shape[0]
-    width, height = side + 12, side + 44
-    page = Image.new("RGB", (columns * width, -(-len(verdicts) // columns) * height), "white")
-    pen = ImageDraw.Draw(page)
-    for i, verdict in enumerate(verdicts):
-        x, y = i % columns * width + 6, i // columns * height + 4
-        picture = Image.fromarray(verdict.picture).resize((side, side), Image.Resampling.LANCZOS)
-        page.paste(picture, (x, y))
-        pen.rectangle((x, y, x + side - 1, y + side - 1), outline="#cccccc")
-        text = verdict.scene.caption
-        if not verdict.right:
-            text += f" [{', '.join(emoji.name for emoji in verdict.found)}; {verdict.colour}]"
-        pen.multiline_text((x, y + side + 2), _wrapped(text, font, side), "black", font, spacing=1)
-    return page
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
-    return "\n".join(lines[:3])
+def told(verdict: Verdict) -> str:
+    """The caption, and where something is wrong what was found instead."""
+    if verdict.right:
+        return verdict.scene.caption
+    return f"{verdict.scene.caption} [{', '.join(emoji.name for emoji in verdict.found)}; {verdict.colour}]"
 
 
 def main() -> None:
@@ -224,7 +205,9 @@ def main() -> None:
     for name, verdicts in (("right.png", right), ("wrong.png", wrong)):
         if verdicts:
             chosen = rng.permutation(len(verdicts))[:32]
-            sheet([verdicts[i] for i in sorted(chosen)], 8).save(args.out / name)
+            shown = [verdicts[i] for i in sorted(chosen)]
+            pictures = [Image.fromarray(verdict.picture) for verdict in shown]
+            sheet(pictures, [told(verdict) for verdict in shown]).save(args.out / name)
     print(json.dumps(figures, indent=2))
 
 

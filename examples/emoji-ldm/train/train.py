@@ -74,14 +74,17 @@ def main() -> None:
     if workers.first:
         folder = run / (args.variant or "model")
         task.export(folder)
-        if (
-            args.variant != "pixel-art"
-        ):  # transformers writes a format of its own that few other programs read
-            shutil.rmtree(folder / "tokenizer")
-            shutil.copytree(run / "tokenizer", folder / "tokenizer")
-        names = [emoji.name for emoji in load(config.emoji)]
-        (folder / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+        if args.variant != "pixel-art":
+            complete(folder, run, config)
         print(f"{folder}: done")
+
+
+def complete(folder: Path, run: Path, config: Config) -> None:
+    """Add what diffusers does not write: the tokenizer in CLIP's files, and the names of what can be drawn."""
+    shutil.rmtree(folder / "tokenizer")  # transformers' own format, which few other programs read
+    shutil.copytree(run / "tokenizer", folder / "tokenizer")
+    names = [emoji.name for emoji in load(config.emoji)]
+    (folder / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
