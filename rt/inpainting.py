@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Float32 = NDArray[np.float32]
 Picture = Any
-"""A PIL image, uint8 (H, W, 3) or (H, W), or the path of a file."""
+"""A PIL image, uint8 (H, W, 3) or (H, W), or the path of a file, which is turned upright if it says how."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,22 +60,26 @@ def cut_out(image: Picture, mask: Picture, height: int, width: int) -> tuple[Flo
 
 
 def _open(picture: Picture, name: str) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         if isinstance(picture, str | Path):
             with Image.open(picture) as opened:
-                return opened.copy()
+                return ImageOps.exif_transpose(opened)
         if isinstance(picture, Image.Image):
             return picture
-        return Image.fromarray(np.asarray(picture))
+        pixels = np.asarray(picture)
+        if pixels.dtype != np.uint8:
+            raise TypeError
+        return Image.fromarray(pixels)
     except UnidentifiedImageError:
         raise ConfigError(f"{name} {picture} is no picture: expected PNG, JPEG or WebP") from None
     except OSError as error:
         raise ConfigError(f"{name} {picture} cannot be read: {error.strerror or error}") from None
     except (TypeError, ValueError):
+        kind = picture.dtype if isinstance(picture, np.ndarray) else type(picture).__name__
         raise ConfigError(
-            f"{name} is a {type(picture).__name__}: expected a PIL image, uint8 (height, width, 3) or a path"
+            f"{name} is {kind}: expected a PIL image, uint8 (height, width, 3) or a path"
         ) from None
 
 

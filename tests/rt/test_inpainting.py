@@ -145,6 +145,16 @@ def test_cut_out_reads_paths_and_arrays(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+    image, sideways = picture(), Image.Exif()
+    sideways[0x0112] = 6  # orientation: a quarter turn clockwise brings it up
+    image.save(tmp_path / "a.png", exif=sideways)
+    hole = Image.new("L", (SIDE, SIDE), 0)
+    pixels, _ = cut_out(tmp_path / "a.png", hole, SIDE, SIDE)
+    expected, _ = cut_out(image.transpose(Image.Transpose.ROTATE_270), hole, SIDE, SIDE)
+    np.testing.assert_array_equal(pixels, expected)
+
+
 def test_around_is_a_sample_of_the_encoder() -> None:
     mean, std = np.random.default_rng().normal(size=(2, 4, 8, 8)).astype(np.float32)
     hole = Inpainting(mask=np.zeros((1, 8, 8), np.float32), mean=mean, std=std)
@@ -168,8 +178,9 @@ def test_what_is_no_picture(pipe: Pipeline, tmp_path: Path) -> None:
     for value, message in (
         (tmp_path / "none.png", "cannot be read"),
         (tmp_path / "a.txt", "is no picture"),
-        ("\0", "cannot be read|is a str"),
-        ([[["x"]]], "is a list"),
+        ("\0", "cannot be read|is str"),
+        ([[["x"]]], "is list"),
+        (np.zeros((SIDE, SIDE, 3), np.float32), "is float32"),
     ):
         with pytest.raises(ConfigError, match=message):
             pipe("a star", image=value, mask_image=mask())
