@@ -99,11 +99,8 @@ class AutoencoderTask:
         pictures = self._pictures(np.random.default_rng(1), 16, held_out=True)
         decoded = self._model.decode(self._model.encode(pictures).latent_dist.mode()).sample
         grid([*to_bytes(pictures), *to_bytes(decoded)], 16).save(path)
-        error = (to_bytes(pictures).astype(float) - to_bytes(decoded)) / 255
-        print(
-            f"\n{path.name}: {10 * np.log10(1 / np.square(error).mean()):.1f} dB on held-out scenes",
-            flush=True,
-        )
+        quality = psnr(to_bytes(decoded), to_bytes(pictures))
+        print(f"\n{path.name}: {quality:.1f} dB on held-out scenes", flush=True)
 
 
 class DecoderTask(AutoencoderTask):
@@ -142,3 +139,8 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
     """The way back, clipped and rounded."""
     scaled = pictures.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def psnr(pictures: np.ndarray, truth: np.ndarray) -> float:
+    """Of pixels 0 .. 255, in dB, of the mean squared error over all of them."""
+    return float(-10 * np.log10(np.square((pictures - truth.astype(np.float64)) / 255).mean()))

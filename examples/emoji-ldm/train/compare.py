@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import rt
+from autoencoder import psnr
 from evaluate import Judge, held_out
 from rt.samplers import SAMPLERS
 from world import Scene, load
@@ -67,9 +68,8 @@ def main() -> None:
     reference = drawn(pipes[0])
     for pipe in pipes:
         pictures = drawn(pipe)
-        error = np.square((pictures - reference.astype(float)) / 255).mean()
-        psnr = None if pipe is pipes[0] else round(float(-10 * np.log10(error)), 1)
-        results.append(Result("precision", pipe.bundle.manifest.config.dtype.value, top1(pictures), psnr))
+        distance = None if pipe is pipes[0] else round(psnr(pictures, reference), 1)
+        results.append(Result("precision", pipe.bundle.manifest.config.dtype.value, top1(pictures), distance))
     for steps in (2, 4, 8, 12, 20, 50):
         results.append(Result("steps", str(steps), top1(drawn(pipes[0], num_inference_steps=steps))))
     for scale in (1.0, 2.0, 4.0, 7.5):

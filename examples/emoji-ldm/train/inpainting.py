@@ -48,14 +48,19 @@ def holes(size: int) -> Hole:
             centre, reach = np.array(placed.centre), placed.side / 2 + rng.uniform(0.0, 0.08, 2)
         else:
             centre, reach = rng.uniform(0.2, 0.8, 2), rng.uniform(0.1, 0.4, 2)
-        (left, top), (right, bottom) = (
-            np.clip(np.round((centre + sign * reach) * size), 0, size).astype(int) for sign in (-1, 1)
-        )
-        mask = np.zeros((size, size), np.float32)
-        mask[top:bottom, left:right] = 1
-        return mask
+        return rectangle(centre, reach, size)
 
     return hole
+
+
+def rectangle(centre: np.ndarray, reach: np.ndarray, size: int) -> np.ndarray:
+    """A mask, float32 [size, size], that is 1 up to `reach` (x, y) around `centre`, in parts of the picture."""
+    (left, top), (right, bottom) = (
+        np.clip(np.round((centre + sign * reach) * size), 0, size).astype(int) for sign in (-1, 1)
+    )
+    mask = np.zeros((size, size), np.float32)
+    mask[top:bottom, left:right] = 1
+    return mask
 
 
 class InpaintingTask(DiffusionTask):

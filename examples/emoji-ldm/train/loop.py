@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 WARMUP_STEPS = 100
+SMALLEST_RANK = 32
+"""A map of fewer dimensions than this on either side is a vector for the optimizer."""
 SAVE_EVERY_S, PREVIEW_EVERY_S = 180, 420
 
 
@@ -78,22 +80,50 @@ class Task(Protocol):
 
 
 class Weights:
-    """All that a task trains, as one vector: one exchange, one step, one average instead of hundreds.
+    """All that a task trains, as one vector: one exchange and one average instead of hundreds.
 
     Attributes:
         vector: [n], of which the modules' parameters have become views; so have their gradients of its gradient.
         average: [n], exponential moving average with a short memory at first.
+        matrices: Views [out, in] of its first part: linear maps and convolutions.
+        rest: View [m] of its second part: biases, norms, embeddings, maps from or to a few channels.
     """
 
     def __init__(self, modules: nn.Module, decay: float):
-        parameters = [p for p in modules.parameters() if p.requires_grad]
+        embeddings = {id(module.weight) for module in modules.modules() if isinstance(module, nn.Embedding)}
+
+        def is_matrix(p: nn.Parameter) -> bool:
+            return p.ndim > 1 and min(len(p), p[0].numel()) >= SMALLEST_RANK and id(p) not in embeddings
+
+        trained = [p for p in modules.parameters() if p.requires_grad]
+        matrices = [p for p in trained if is_matrix(p)]
+        parameters = [*matrices, *(p for p in trained if not is_matrix(p))]
         sizes = [p.numel() for p in parameters]
         self.vector = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
         self.vector.grad = torch.zeros_like(self.vector)
         values, gradients = self.vector.data.split(sizes), self.vector.grad.split(sizes)
         for p, value, gradient in zip(parameters, values, gradients, strict=True):
             p.data, p.grad = value.view_as(p), gradient.view_as(p)
+        self.matrices = [self._view(p.data.flatten(1), p.grad.flatten(1)) for p in matrices]
+        first = sum(matrix.numel() for matrix in self.matrices)
+        self.rest = self._view(self.vector.data[first:], self.vector.grad[first:])
         self.average, self._decay, self._updates = self.vector.detach().clone(), decay, 0
+
+    @staticmethod
+    def _view(value: Tensor, gradient: Tensor) -> nn.Parameter:
+        view = nn.Parameter(value)
+        view.grad = gradient
+        return view
+
+    def optimizers(self, rate: float) -> list[torch.optim.Optimizer]:
+        """Adam for what is no matrix, and Muon at Adam's rates for what is (Liu et al. 2025, arXiv:2502.16982)."""
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam([self.rest], lr=rate, betas=(0.9, 0.99), fused=True)
+        ]
+        if self.matrices:
+            settings = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+            optimizers.append(torch.optim.Muon(self.matrices, lr=rate, **settings))
+        return optimizers
 
     @torch.no_grad()
     def track(self) -> None:
@@ -128,7 +158,7 @@ def train(
     Args:
         folder: keeps ``NAME.ckpt``, from which an interrupted run goes on, and previews ``NAME-MINUTES.png``.
         minutes: of training, counted over all runs of this folder.
-        rate: peak learning rate of Adam, warmed up linearly, then half a cosine down to zero.
+        rate: peak learning rate, warmed up linearly, then half a cosine down to zero.
         decay: of the moving average of the weights.
     """
     torch.manual_seed(workers.rank)
@@ -136,20 +166,21 @@ def train(
     weights = Weights(task.modules, decay)
     workers.share(weights.vector.data)
     weights.average.copy_(weights.vector.data)
-    optimizer = torch.optim.Adam([weights.vector], lr=rate, betas=(0.9, 0.99), fused=True)
+    optimizers = weights.optimizers(rate)
     checkpoint = folder / f"{task.name}.ckpt"
     step, spent = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=workers.device)
         weights.restore(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
         step, spent = state["step"], state["spent"]
 
     def save() -> None:
         if workers.first:
             part = checkpoint.with_suffix(".part")
-            progress = {"step": step, "spent": spent}
-            torch.save({"weights": weights.state(), "optimizer": optimizer.state_dict(), **progress}, part)
+            states = {"weights": weights.state(), "optimizers": [o.state_dict() for o in optimizers]}
+            torch.save({**states, "step": step, "spent": spent}, part)
             part.replace(checkpoint)
 
     def preview() -> None:
@@ -169,14 +200,16 @@ def train(
     while spent < budget:
         started = time.monotonic()
         warmth, progress = min(1.0, (step + 1) / WARMUP_STEPS), spent / budget
-        optimizer.param_groups[0]["lr"] = rate * warmth * 0.5 * (1 + math.cos(math.pi * progress))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * warmth * 0.5 * (1 + math.cos(math.pi * progress))
         rng = torch.Generator().manual_seed(step * workers.count + workers.rank)
         with torch.autocast(workers.device.type, torch.bfloat16):
             loss = task.loss(rng)
         loss.backward()
         workers.average(weights.vector.grad)
         nn.utils.clip_grad_norm_(weights.vector, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         weights.vector.grad.zero_()
         weights.track()
         step += 1

@@ -1,0 +1,163 @@
+"""The demo model and its variants draw what they are asked for: held-out prompts, judged as in `evaluate.py`.
+
+Prompts and seeds are chosen anew each time. The bars are those that the model card's figures clear by far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rt.config import BuildConfig
+from rt.export.build import build, default_profiles
+from rt.export.checkpoint import open_checkpoint
+from rt.pipeline import Pipeline
+from rt.samplers import SAMPLERS
+
+pytestmark = pytest.mark.slow
+
+STEPS, GUIDANCE, PROMPTS = 20, 4.0, 24
+
+
+@pytest.fixture(scope="module")
+def examples(demo_model: Path) -> Path:
+    return demo_model.parent
+
+
+@pytest.fixture
+def judge(code: SimpleNamespace, renderer: object, emoji: tuple[Any, ...]) -> Any:
+    return code.evaluate.Judge(emoji, 64)
+
+
+@pytest.fixture
+def emoji(code: SimpleNamespace, demo_model: Path) -> tuple[Any, ...]:
+    """What the model can draw, which its names.txt lists."""
+    names = (demo_model / "names.txt").read_text(encoding="utf-8").splitlines()
+    concepts = code.world.load(len(names))
+    assert [one.name for one in concepts] == names
+    return concepts
+
+
+@pytest.fixture
+def singles(code: SimpleNamespace, emoji: tuple[Any, ...], rng: np.random.Generator) -> list[Any]:
+    return code.evaluate.held_out(rng, emoji, PROMPTS, pairs=False)
+
+
+@pytest.fixture
+def pairs(code: SimpleNamespace, emoji: tuple[Any, ...], rng: np.random.Generator) -> list[Any]:
+    return code.evaluate.held_out(rng, emoji, PROMPTS, pairs=True)
+
+
+def draw(pipe: Pipeline, scenes: list[Any], **settings: Any) -> np.ndarray:
+    """uint8 [N, 64, 64, 3]."""
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **settings}
+    return np.stack([np.asarray(image) for image in pipe([s.caption for s in scenes], **settings).images])
+
+
+def right(judge: Any, scenes: list[Any], pictures: np.ndarray) -> float:
+    """The part of the pictures on which all emoji are found where they should be."""
+    return float(np.mean([judge(s, p).concepts_right for s, p in zip(scenes, pictures, strict=True)]))
+
+
+def test_held_out_prompts(demo_bundle: Path, judge: Any, singles: list[Any], pairs: list[Any]) -> None:
+    pipe = Pipeline.from_bundle(demo_bundle)
+    one, two = draw(pipe, singles), draw(pipe, pairs)
+    assert right(judge, singles, one) >= 0.8
+    assert right(judge, pairs, two) >= 0.6
+    scenes, pictures = [*singles, *pairs], [*one, *two]
+    colours = [judge(s, p).colour == s.colour for s, p in zip(scenes, pictures, strict=True)]
+    assert np.mean(colours) >= 0.9
+    assert right(judge, singles, np.roll(one, 1, axis=0)) < 0.2  # the judge does not say yes to anything
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws(demo_bundle: Path, judge: Any, singles: list[Any], sampler: str) -> None:
+    settings = {"guidance_scale": 1.5, "num_inference_steps": 8} if sampler in ("lcm", "tcd") else {}
+    pictures = draw(Pipeline.from_bundle(demo_bundle), singles[:12], scheduler=sampler, **settings)
+    assert right(judge, singles[:12], pictures) >= 0.6
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_draws(
+    build_bundle: Callable[..., Path],
+    demo_model: Path,
+    judge: Any,
+    singles: list[Any],
+    pairs: list[Any],
+    dtype: str,
+) -> None:
+    pipe = Pipeline.from_bundle(build_bundle(demo_model, dtype=dtype))
+    assert right(judge, singles, draw(pipe, singles)) >= 0.8
+    assert right(judge, pairs, draw(pipe, pairs)) >= 0.6
+
+
+def test_more_steps_and_guidance_help(demo_bundle: Path, judge: Any, pairs: list[Any]) -> None:
+    pipe = Pipeline.from_bundle(demo_bundle)
+    full = right(judge, pairs, draw(pipe, pairs, seed=0))
+    assert full > right(judge, pairs, draw(pipe, pairs, seed=0, num_inference_steps=1)) + 0.2
+    assert full > right(judge, pairs, draw(pipe, pairs, seed=0, guidance_scale=0.0)) - 0.05
+
+
+def test_four_steps_without_guidance(
+    build_bundle: Callable[..., Path],
+    examples: Path,
+    demo_bundle: Path,
+    judge: Any,
+    singles: list[Any],
+) -> None:
+    """What the distilled model can do, and the model that it was made from cannot."""
+    few = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 0}
+    pipe = Pipeline.from_bundle(build_bundle(examples / "emoji-ldm-lcm", batch_size=(1,)))
+    assert pipe.bundle.manifest.model.scheduler["_class_name"] == "LCMScheduler"
+    distilled = right(judge, singles, draw(pipe, singles, **few))
+    plain = right(judge, singles, draw(Pipeline.from_bundle(demo_bundle), singles, scheduler="lcm", **few))
+    assert distilled >= 0.7 and distilled > plain
+
+
+def test_inpainting(
+    code: SimpleNamespace,
+    build_bundle: Callable[..., Path],
+    examples: Path,
+    judge: Any,
+    renderer: Any,
+    pairs: list[Any],
+) -> None:
+    """The second of a pair is cut out and painted anew; what was not cut out stays."""
+    pipe = Pipeline.from_bundle(build_bundle(examples / "emoji-ldm-inpainting"))
+    found, kept = [], []
+    for scene in pairs:
+        picture, hole = renderer(scene), code.evaluate_inpainting.cut(scene, 64)
+        mask = (hole * 255).astype(np.uint8)
+        painted = draw(pipe, [scene], image=picture, mask_image=mask)[0]
+        found.append(judge(scene, painted).found[1] == scene.emoji[1])
+        kept.append(np.abs(painted.astype(float) - picture)[hole < 0.5].mean())
+    assert np.mean(found) >= 0.6
+    assert np.mean(kept) < 6  # of 255
+
+
+def test_pixel_art(
+    code: SimpleNamespace,
+    demo_model: Path,
+    demo_bundle: Path,
+    judge: Any,
+    singles: list[Any],
+    tmp_path: Path,
+) -> None:
+    """The LoRA makes squares of one colour of every picture, and the picture stays what it was."""
+    lora = demo_model / "loras" / "pixel-art.safetensors"
+    checkpoint = open_checkpoint(str(demo_model), loras=[(lora, 1.0)])
+    build(checkpoint, tmp_path / "bundle", BuildConfig(profiles=default_profiles(checkpoint)))
+    styled = draw(Pipeline.from_bundle(tmp_path / "bundle"), singles, seed=0)
+    plain = draw(Pipeline.from_bundle(demo_bundle), singles, seed=0)
+
+    def unevenness(pictures: np.ndarray) -> float:
+        squares = [code.render.pixel_art(picture) for picture in pictures]
+        return float(np.abs(pictures - np.stack(squares).astype(float)).mean())
+
+    assert unevenness(styled) < 0.6 * unevenness(plain)
+    assert right(judge, singles, styled) >= 0.6
