@@ -1,6 +1,6 @@
 """The tables of the documents, written from `bench/results/`: `python -m rt.bench.tables` in a checkout.
 
-A table shows the newest record of each kind; a document has it between two markers.
+A table shows the newest record of each kind; a document has it between two markers that bear its name.
 """
 
 from __future__ import annotations
@@ -13,31 +13,83 @@ from typing import Any
 
 from rt.bench.record import RESULTS
 
-DOCUMENT = RESULTS.parents[1] / "README.md"
-_MARKED = re.compile(r"<!-- benchmarks -->.*<!-- /benchmarks -->", re.DOTALL)
+ROOT = RESULTS.parents[1]
+Record = dict[str, Any]
 
 
-def render(results: Path = RESULTS) -> str:
-    """The table of all records under `results`, with where they come from."""
+def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
+    """Of each document below the checkout, its tables by name, of the records under `results`."""
     records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    rows = [row for record in records for row in _rows(record)]
-    machines = {
-        f"{p['machine']['processor']}, {p['machine']['cores']} cores, {p['date']}"
-        for p in (record["provenance"] for record in records)
+    return {
+        Path("README.md"): {"benchmarks": _speed(records)},
+        Path("examples/emoji-ldm/README.md"): {
+            "quality": _quality(records),
+            "settings": _settings(records),
+        },
     }
-    newest = dict(rows)  # records come oldest first
-    table = "\n".join(f"| {what} | {figure} |" for what, figure in newest.items())
-    return f"Measured on {'; '.join(sorted(machines))}:\n\n| what | figure |\n|---|---|\n{table}"
 
 
-def update(document: Path = DOCUMENT, results: Path = RESULTS) -> None:
-    """Put the table between the markers of `document`."""
-    text = document.read_text()
-    marked = f"<!-- benchmarks -->\n{render(results)}\n<!-- /benchmarks -->"
-    document.write_text(_MARKED.sub(lambda _: marked, text))
+def update(root: Path = ROOT, results: Path = RESULTS) -> None:
+    """Put each table between its markers in the documents of `root`."""
+    for document, named in tables(results).items():
+        text = (root / document).read_text()
+        for name, table in named.items():
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            marked = f"{begin}\n{table}\n{end}"
+            text = re.sub(f"{begin}.*{end}", lambda _, marked=marked: marked, text, flags=re.DOTALL)
+        (root / document).write_text(text)
 
 
-def _rows(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _speed(records: Iterable[Record]) -> str:
+    newest: dict[str, tuple[str, str]] = {}  # records come oldest first
+    for record in records:
+        provenance = record["provenance"]
+        machine = provenance["machine"]
+        where = f"{machine['processor']}, {machine['cores']} cores, {provenance['date']}"
+        newest |= {what: (figure, where) for what, figure in _rows(record)}
+    places = sorted({where for _, where in newest.values()})
+    rows = [(what, figure) for what, (figure, _) in newest.items()]
+    return f"Measured on {'; '.join(places)}:\n\n{_table(('what', 'figure'), rows)}"
+
+
+def _quality(records: Iterable[Record]) -> str:
+    """How often a model draws what it is asked for."""
+    head = ("model", "steps", "guidance", "plain names", "one emoji", "both of a pair", "background")
+    rows = {}
+    for record in records:
+        if "quality" in record:
+            settings, quality = record["settings"], record["quality"]
+            percents = (quality[f"{kind}_percent"] for kind in ("plain", "single", "pair", "background"))
+            rows[record["model"]] = (
+                record["model"],
+                str(settings["steps"]),
+                "off" if settings["guidance_scale"] <= 1 else f"{settings['guidance_scale']:g}",
+                *(f"{percent:g} %" for percent in percents),
+            )
+    return _table(head, rows.values())
+
+
+def _settings(records: Iterable[Record]) -> str:
+    """What steps, samplers, guidance and precision do to one model."""
+    compared = [record["comparison"] for record in records if "comparison" in record]
+    rows = [
+        (
+            result["varied"],
+            result["value"],
+            f"{result['top1_percent']:g} %",
+            f"{result['psnr_db']:g} dB" if result["psnr_db"] else "",
+        )
+        for result in (compared[-1] if compared else ())
+    ]
+    return _table(("varied", "value", "all right", "PSNR to fp32"), rows)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    first, *rest = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, f"|{'---|' * len(head)}", *rest])
+
+
+def _rows(record: Record) -> Iterable[tuple[str, str]]:
     """What one record says, in words; each kind of record is known by a field of its own."""
     if "wall_s" in record:
         what = f"`rt build {record['model']}`, {record['dtype']}: time, peak memory"

@@ -19,8 +19,8 @@ def code() -> Iterator[SimpleNamespace]:
     before = set(sys.modules)
     sys.path.insert(0, str(CODE))
     try:
-        import evaluate
         import evaluate_inpainting
+        import judge
         import render
         import vocabulary
         import world
@@ -29,7 +29,7 @@ def code() -> Iterator[SimpleNamespace]:
             world=world,
             render=render,
             vocabulary=vocabulary,
-            evaluate=evaluate,
+            judge=judge,
             evaluate_inpainting=evaluate_inpainting,
         )
     finally:

@@ -1,4 +1,4 @@
-"""The demo model and its variants draw what they are asked for: held-out prompts, judged as in `evaluate.py`.
+"""The demo model and its variants draw what they are asked for: held-out prompts, judged by `judge.py`.
 
 Prompts and seeds are chosen anew each time. The bars are those that the model card's figures clear by far.
 """
@@ -31,26 +31,26 @@ def examples(demo_model: Path) -> Path:
 
 @pytest.fixture
 def judge(code: SimpleNamespace, renderer: object, emoji: tuple[Any, ...]) -> Any:
-    return code.evaluate.Judge(emoji, 64)
+    return code.judge.Judge(emoji, 64)
 
 
 @pytest.fixture
 def emoji(code: SimpleNamespace, demo_model: Path) -> tuple[Any, ...]:
     """What the model can draw, which its names.txt lists."""
     names = (demo_model / "names.txt").read_text(encoding="utf-8").splitlines()
-    concepts = code.world.load(len(names))
-    assert [one.name for one in concepts] == names
-    return concepts
+    drawn = code.world.concepts(demo_model)
+    assert [one.name for one in drawn] == names
+    return drawn
 
 
 @pytest.fixture
 def singles(code: SimpleNamespace, emoji: tuple[Any, ...], rng: np.random.Generator) -> list[Any]:
-    return code.evaluate.held_out(rng, emoji, PROMPTS, pairs=False)
+    return code.judge.held_out(rng, emoji, PROMPTS, pairs=False)
 
 
 @pytest.fixture
 def pairs(code: SimpleNamespace, emoji: tuple[Any, ...], rng: np.random.Generator) -> list[Any]:
-    return code.evaluate.held_out(rng, emoji, PROMPTS, pairs=True)
+    return code.judge.held_out(rng, emoji, PROMPTS, pairs=True)
 
 
 def draw(pipe: Pipeline, scenes: list[Any], **settings: Any) -> np.ndarray:

@@ -92,9 +92,9 @@ def test_the_judge_knows_real_pictures(
 ) -> None:
     """Also under noise; and it does not say yes to the neighbour's picture."""
     emoji = code.world.load(48)
-    judge = code.evaluate.Judge(emoji, 64)
+    judge = code.judge.Judge(emoji, 64)
     for pairs in (False, True):
-        scenes = code.evaluate.held_out(rng, emoji, 12, pairs)
+        scenes = code.judge.held_out(rng, emoji, 12, pairs)
         assert all(scene.held_out and (len(scene.emoji) == 2) == pairs for scene in scenes)
         pictures = [renderer(scene, rng) for scene in scenes]
         noisy = [np.clip(p + rng.normal(0, 20, p.shape), 0, 255).astype(np.uint8) for p in pictures]
@@ -105,10 +105,10 @@ def test_the_judge_knows_real_pictures(
 
 def test_a_wrong_picture_is_told_with_what_it_shows(code: SimpleNamespace, renderer: object) -> None:
     emoji = code.world.load(8)
-    judge = code.evaluate.Judge(emoji, 64)
+    judge = code.judge.Judge(emoji, 64)
     asked, other = code.world.Scene((emoji[0],), "blue"), code.world.Scene((emoji[3],), "green")
-    assert code.evaluate.told(judge(asked, renderer(asked))) == "a red heart on a blue background"
-    wrong = code.evaluate.told(judge(asked, renderer(other)))
+    assert str(judge(asked, renderer(asked))) == "a red heart on a blue background"
+    wrong = str(judge(asked, renderer(other)))
     assert wrong == "a red heart on a blue background [a moon; green]"
 
 

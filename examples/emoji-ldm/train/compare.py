@@ -1,13 +1,12 @@
 """What steps, samplers, guidance and precision do to a model: ``python compare.py MODEL BUNDLE [BUNDLE ...]``.
 
-The same held-out prompts and seeds under each setting. Top-1 is that of `evaluate.py`; PSNR is against the first bundle
-at the same setting, so that it shows the precision alone. Prints Markdown and writes ``comparison.json``.
+The same held-out prompts and seeds under each setting, judged by `judge.py`. PSNR is against the first bundle at the
+same setting, so that it shows the precision alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ import numpy as np
 
 import rt
 from autoencoder import psnr
-from evaluate import Judge, held_out
+from evaluate import label
+from judge import Judge, held_out
+from rt.bench.record import RESULTS, publish
 from rt.samplers import SAMPLERS
-from world import Scene, load
+from world import Scene, concepts
 
 STEPS, GUIDANCE, SAMPLER_STEPS = 20, 4.0, 12
 
@@ -43,10 +44,10 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, default=48, help="with one emoji and with two, each (default: 48)"
     )
-    parser.add_argument("--out", type=Path, default=Path("comparison.json"))
+    parser.add_argument("--records", type=Path, default=RESULTS, help="for the figures")
     args = parser.parse_args()
 
-    emoji = load(len((args.model / "names.txt").read_text(encoding="utf-8").splitlines()))
+    emoji = concepts(args.model)
     rng = np.random.default_rng(5)
     scenes = [
         *held_out(rng, emoji, args.prompts, pairs=False),
@@ -78,10 +79,10 @@ def main() -> None:
         pictures = drawn(pipes[0], scheduler=name, num_inference_steps=SAMPLER_STEPS)
         results.append(Result(f"sampler, {SAMPLER_STEPS} steps", name, top1(pictures)))
 
-    args.out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
-    print("| varied | value | top-1, % | PSNR, dB |\n|---|---|---|---|")
-    for result in results:
-        print(f"| {result.varied} | {result.value} | {result.top1_percent} | {result.psnr_db or ''} |")
+    model = label(pipes[0])
+    figures = {"model": model, "prompts": len(scenes), "comparison": [asdict(result) for result in results]}
+    publish(f"comparison {model}", figures, args.records)
+    print("\n".join(str(result) for result in results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measures the inpainting variant: ``python evaluate_inpainting.py MODEL BUNDLE``, BUNDLE being what rt made of MODEL.
 
 From a picture of a pair that training never saw, the second emoji is cut out, and the model paints it from the caption.
-Emoji are found as in `evaluate.py`. What lies outside the hole should stay: its PSNR is given beside that of a picture
+Emoji are found by `judge.py`. What lies outside the hole should stay: its PSNR is given beside that of a picture
 that only went through the autoencoder, which is the most that can be had.
 """
 
@@ -16,11 +16,13 @@ from PIL import Image
 
 import rt
 from autoencoder import psnr
-from evaluate import Judge, held_out, reconstruct
+from evaluate import label, reconstruct
 from inpainting import rectangle
+from judge import Judge, held_out
 from render import Renderer
+from rt.bench.record import RESULTS, publish
 from rt.sheet import sheet
-from world import Scene, load
+from world import Scene, concepts
 
 MARGIN = 0.05
 """Of a hole around its emoji, in parts of the picture."""
@@ -37,13 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="the folder that train.py wrote")
     parser.add_argument("bundle", type=Path, help="what `rt build` made of it")
-    parser.add_argument("--out", type=Path, default=Path("."), help="for inpainting.json and its sheet")
+    parser.add_argument("--out", type=Path, default=Path("."), help="for the sheet")
+    parser.add_argument("--records", type=Path, default=RESULTS, help="for the figures")
     parser.add_argument("--pairs", type=int, default=96)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     args = parser.parse_args()
 
-    emoji = load(len((args.model / "names.txt").read_text(encoding="utf-8").splitlines()))
+    emoji = concepts(args.model)
     pipe = rt.Pipeline.from_bundle(args.bundle)
     size = pipe.bundle.manifest.config.profiles[0].height
     judge, renderer = Judge(emoji, size), Renderer(size)
@@ -66,20 +69,20 @@ def main() -> None:
     verdicts = [judge(scene, picture) for scene, picture in zip(scenes, painted, strict=True)]
     outside = np.stack(holes) < 0.5
     truth = np.stack(pictures)[outside]
+    right = [verdict.found[1] == verdict.scene.emoji[1] for verdict in verdicts]
+    back = reconstruct(args.model, np.stack(pictures))
     figures = {
-        "painted_right_percent": round(
-            100 * float(np.mean([v.found[1] == v.scene.emoji[1] for v in verdicts])), 1
-        ),
-        "outside_psnr_db": round(psnr(np.stack(painted)[outside], truth), 2),
-        "outside_psnr_of_autoencoder_db": round(
-            psnr(reconstruct(args.model, np.stack(pictures))[outside], truth), 2
-        ),
-        "pairs": len(scenes),
-        "steps": args.steps,
-        "guidance_scale": args.guidance_scale,
+        "model": label(pipe),
+        "settings": {"steps": args.steps, "guidance_scale": args.guidance_scale},
+        "inpainting": {
+            "painted_percent": round(100 * float(np.mean(right)), 1),
+            "outside_psnr_db": round(psnr(np.stack(painted)[outside], truth), 2),
+            "outside_psnr_of_autoencoder_db": round(psnr(back[outside], truth), 2),
+        },
+        "prompts": {"pair": len(scenes)},
     }
+    publish(f"inpainting {figures['model']}", figures, args.records)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "inpainting.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     rows = [
         (np.where(hole[..., None] > 0.5, 128, picture).astype(np.uint8), filled)
         for picture, hole, filled in zip(pictures[:6], holes, painted, strict=False)

@@ -131,6 +131,11 @@ def load(count: int) -> tuple[Emoji, ...]:
     return tuple(Emoji(*line.split("\t")) for line in lines[:count])
 
 
+def concepts(model: Path) -> tuple[Emoji, ...]:
+    """What the model in that folder can draw: its ``names.txt`` lists the first of ``emoji.tsv``."""
+    return load(len((model / "names.txt").read_text(encoding="utf-8").splitlines()))
+
+
 def draw(rng: np.random.Generator, emoji: tuple[Emoji, ...], held_out: bool = False) -> Scene:
     """A random scene of the wanted kind: 45 % large, 15 % in a corner, 40 % pairs; two of five backgrounds white."""
     colours = list(COLOURS)
