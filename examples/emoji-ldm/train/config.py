@@ -27,7 +27,8 @@ class Config:
     vae_minutes: float
     unet_minutes: float
     decoder_minutes: float
-    variant_minutes: float
+    variant_minutes: dict[str, float]
+    """Of each variant, by its name."""
     scenes: int
     """Scenes whose latents the U-Net learns from; each is met again with other noise."""
     font: str = ""
@@ -68,7 +69,7 @@ PRESETS = {
         vae_minutes=10,
         unet_minutes=60,
         decoder_minutes=6,
-        variant_minutes=9,
+        variant_minutes={"inpainting": 9, "lcm": 14, "pixel-art": 5},
         scenes=32_000,
     ),
     "gpu": Config(
@@ -84,7 +85,7 @@ PRESETS = {
         vae_minutes=8,
         unet_minutes=15,
         decoder_minutes=2,
-        variant_minutes=5,
+        variant_minutes={"inpainting": 5, "lcm": 8, "pixel-art": 3},
         scenes=400_000,
     ),
     "smoke": Config(
@@ -100,7 +101,7 @@ PRESETS = {
         vae_minutes=0.02,
         unet_minutes=0.02,
         decoder_minutes=0.01,
-        variant_minutes=0.02,
+        variant_minutes={"inpainting": 0.02, "lcm": 0.02, "pixel-art": 0.02},
         scenes=128,
     ),
 }

@@ -26,7 +26,8 @@ from lora import LoraTask
 from render import Renderer, pixel_art
 from world import load
 
-VAE_RATE, DECODER_RATE, UNET_RATE, VARIANT_RATE = 2e-3, 1e-3, 1e-3, 5e-4
+VAE_RATE, DECODER_RATE, UNET_RATE = 2e-3, 1e-3, 1e-3
+VARIANT_RATES = {"inpainting": 5e-4, "lcm": 1e-3, "pixel-art": 2e-3}
 PREVIEW_PROMPTS = [
     *("a red heart", "a pizza", "a cat", "a rocket", "a panda", "a sunflower"),
     *("a house", "a turtle", "a robot", "a banana", "a ghost", "a crown"),
@@ -42,9 +43,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder that prepare.py wrote")
-    parser.add_argument(
-        "--variant", choices=("inpainting", "lcm", "pixel-art"), help="made from the trained model"
-    )
+    parser.add_argument("--variant", choices=VARIANT_RATES, help="made from the trained model")
     args = parser.parse_args()
     run, config, workers = args.run, Config.load(args.run), Workers()
 
@@ -70,7 +69,8 @@ def main() -> None:
         examples = encode_scenes("pixel-art", run, config, workers, whole, style=pixel_art)
         task = LoraTask(whole, examples, rows, PREVIEW_PROMPTS)
     if args.variant:
-        train(task, run, workers, minutes=config.variant_minutes, rate=VARIANT_RATE)
+        minutes, rate = config.variant_minutes[args.variant], VARIANT_RATES[args.variant]
+        train(task, run, workers, minutes=minutes, rate=rate)
     if workers.first:
         folder = run / (args.variant or "model")
         task.export(folder)
