@@ -32,6 +32,7 @@ LEVELS = (
     "noise",
     "tokenizer",
     "images",
+    "inpainting",
     "extras",
     "progress",
     "samplers",
@@ -45,6 +46,7 @@ LEVELS = (
     "verify",
     "arguments",
     "pipeline",
+    "sheet",
     "cli",
 )
 BUILD_ONLY = {

@@ -11,10 +11,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rt.bundle import MANIFEST, Bundle, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
+from rt.bundle import MANIFEST, SCHEMA, Bundle, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
 from rt.config import BuildConfig, DType
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
 from rt.model import Component, Family, ModelSpec
@@ -216,7 +217,19 @@ def test_a_bundle_opens_by_a_relative_path(bundle: Path, monkeypatch: pytest.Mon
 def test_a_newer_schema_is_incompatible_and_not_damaged(bundle: Path) -> None:
     edit(bundle, lambda body: body.update(schema=7, engines="as nobody knows yet"))
     message = raised(IncompatibleBundleError, lambda: Bundle.open(bundle))
-    assert "schema 7" in message and "up to 1" in message and "Upgrade rt" in message
+    assert "schema 7" in message and f"up to {SCHEMA}" in message and "Upgrade rt" in message
+
+
+def test_a_bundle_of_schema_1_opens(bundle: Path) -> None:
+    """It says nothing of LoRAs and inpainting, which it could not have."""
+
+    def age(body: dict[str, Any]) -> None:
+        body["schema"] = 1
+        del body["source"]["loras"], body["model"]["inpainting"]
+
+    edit(bundle, age)
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.source.loras == () and manifest.model.inpainting is False
 
 
 @pytest.mark.parametrize("content", ['{"name": "a web page"}', "[]", "1", '"rt-bundle"'])

@@ -77,12 +77,14 @@ class DiffusionTask:
         ids = torch.where(torch.rand(self._rows, 1, generator=rng) < UNGUIDED, self._no_words, ids)
         # One timestep from each part of the schedule: the mean of independent ones with less noise in it.
         parts = torch.arange(self._rows) + torch.rand(self._rows, generator=rng)
+        timesteps = (parts * SCHEDULE["num_train_timesteps"] / self._rows).long()
         clean = self._examples.latents[chosen].float()
         return Batch(
             chosen,
             clean.to(device),
             torch.randn(clean.shape, generator=rng).to(device),
-            (parts * SCHEDULE["num_train_timesteps"] / self._rows).long().to(device),
+            # The last part may round up to the end, where there is no timestep.
+            timesteps.clamp(max=SCHEDULE["num_train_timesteps"] - 1).to(device),
             self.model.text_encoder(ids.to(device)).last_hidden_state,
         )
 
