@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,6 +106,8 @@ def end_to_end(pipe: Pipeline, profile: ShapeProfile, settings: Settings, bar: B
     One more call comes first, which loads the engines.
     """
 
+    picture = _picture(profile) if pipe.bundle.manifest.model.inpainting else {}
+
     def draw() -> Timings:
         return pipe(
             PROMPT,
@@ -114,6 +117,7 @@ def end_to_end(pipe: Pipeline, profile: ShapeProfile, settings: Settings, bar: B
             guidance_scale=settings.guidance_scale,
             num_images_per_prompt=profile.batch_size,
             seed=0,
+            **picture,
         ).timings
 
     reset_peak()
@@ -163,9 +167,17 @@ def _alone(engines: Engines, bundle: Bundle, record: EngineRecord, settings: Set
 
 
 def _serves(record: EngineRecord, profile: ShapeProfile) -> bool:
-    """Whether drawing at `profile` can need this engine; the decoder takes one picture at a time."""
-    wanted = {Component.UNET: profile, Component.VAE_DECODER: ShapeProfile(profile.height, profile.width)}
+    """Whether drawing at `profile` can need this engine; the autoencoder takes one picture at a time."""
+    single = ShapeProfile(profile.height, profile.width)
+    wanted = {Component.UNET: profile, Component.VAE_ENCODER: single, Component.VAE_DECODER: single}
     return record.profile == wanted.get(record.component)
+
+
+def _picture(profile: ShapeProfile) -> dict[str, Any]:
+    """A grey one, whose right half is to be painted anew."""
+    mask = np.zeros((profile.height, profile.width), np.uint8)
+    mask[:, profile.width // 2 :] = 255
+    return {"image": np.full((profile.height, profile.width, 3), 128, np.uint8), "mask_image": mask}
 
 
 def _name(record: EngineRecord) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from rt.bench.record import RESULTS
 
 ROOT = RESULTS.parents[1]
+DEMO = "emoji-ldm"
 Record = dict[str, Any]
 
 
@@ -22,9 +23,10 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     return {
         Path("README.md"): {"benchmarks": _speed(records)},
-        Path("examples/emoji-ldm/README.md"): {
+        Path(f"examples/{DEMO}/README.md"): {
             "quality": _quality(records),
             "settings": _settings(records),
+            "inpainting": _inpainting(records),
         },
     }
 
@@ -54,24 +56,36 @@ def _speed(records: Iterable[Record]) -> str:
 
 def _quality(records: Iterable[Record]) -> str:
     """How often a model draws what it is asked for."""
-    head = ("model", "steps", "guidance", "plain names", "one emoji", "both of a pair", "background")
+    head = (
+        "model",
+        "steps",
+        "guidance",
+        "plain names",
+        "one emoji",
+        "both of a pair",
+        "background",
+        "autoencoder",
+    )
     rows = {}
     for record in records:
         if "quality" in record:
             settings, quality = record["settings"], record["quality"]
             percents = (quality[f"{kind}_percent"] for kind in ("plain", "single", "pair", "background"))
-            rows[record["model"]] = (
+            rows[record["model"], settings["steps"], settings["guidance_scale"]] = (
                 record["model"],
                 str(settings["steps"]),
                 "off" if settings["guidance_scale"] <= 1 else f"{settings['guidance_scale']:g}",
                 *(f"{percent:g} %" for percent in percents),
+                f"{quality['reconstruction_psnr_db']:.1f} dB",
             )
     return _table(head, rows.values())
 
 
 def _settings(records: Iterable[Record]) -> str:
-    """What steps, samplers, guidance and precision do to one model."""
-    compared = [record["comparison"] for record in records if "comparison" in record]
+    """What steps, samplers, guidance and precision do to the demo model."""
+    compared = [
+        record["comparison"] for record in records if "comparison" in record and record["model"] == DEMO
+    ]
     rows = [
         (
             result["varied"],
@@ -82,6 +96,22 @@ def _settings(records: Iterable[Record]) -> str:
         for result in (compared[-1] if compared else ())
     ]
     return _table(("varied", "value", "all right", "PSNR to fp32"), rows)
+
+
+def _inpainting(records: Iterable[Record]) -> str:
+    """How often the inpainting model paints what is missing, and how much of the rest it keeps."""
+    head = ("model", "painted right", "PSNR outside the hole", "of the autoencoder alone")
+    rows = {}
+    for record in records:
+        if "inpainting" in record:
+            found = record["inpainting"]
+            rows[record["model"]] = (
+                record["model"],
+                f"{found['painted_percent']:g} %",
+                f"{found['outside_psnr_db']:.1f} dB",
+                f"{found['outside_psnr_of_autoencoder_db']:.1f} dB",
+            )
+    return _table(head, rows.values())
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -2,38 +2,31 @@
 
     W' = W + s · (α / r) · B A          B (out, r), A (r, in); s is the user's, α the file's, r where it has none
 
-(Hu et al. 2021, https://arxiv.org/abs/2106.09685). Three ways of naming the tensors are in use:
-
-    unet.mid_block.….to_q.lora_A.weight             A, lora_B: diffusers with PEFT, no α
-    unet.mid_block.….to_q.lora.down.weight          A, lora.up: diffusers before PEFT, no α
-    lora_unet_mid_block_…_to_q.lora_down.weight     A, lora_up, and α in ….alpha: kohya-ss
-
-They differ in punctuation only, so a name is taken apart at its tensor's suffix and compared without any.
+(Hu et al. 2021, https://arxiv.org/abs/2106.09685). `lora_names.py` says how the tensors are called. α is a tensor of
+its own, or it stands in the file's metadata as diffusers writes it: `lora_adapter_metadata`, the `LoraConfig` of PEFT
+for each component (https://huggingface.co/docs/peft/package_reference/lora).
 """
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from rt.errors import CheckpointError, ConfigError
+from rt.export.facts import FOLDERS
+from rt.export.lora_names import bare, parse_name
 from rt.export.weights import PICKLE_SUFFIXES, pickle_error, read_header, read_tensors
 from rt.model import Component
 
-_PREFIXES = {
-    Component.TEXT_ENCODER_2: ("text_encoder_2.", "lora_te2_"),
-    Component.TEXT_ENCODER: ("text_encoder.", "lora_te1_", "lora_te_"),
-    Component.UNET: ("unet.", "lora_unet_"),
-}
-_NAME = re.compile(
-    r"(?P<module>.+?)\.(?:(?P<down>lora_A|lora\.down|lora_down)|(?P<up>lora_B|lora\.up|lora_up))\.weight"
-    r"|(?P<scaled>.+)\.alpha"
-)
 _READS = "rt merges plain LoRAs of the U-Net and the text encoders, in the layouts of diffusers and kohya-ss"
+_METADATA = "lora_adapter_metadata"
+_CHANGES = ("use_rslora", "use_dora", "alpha_pattern")
+"""Of PEFT's settings those that make another formula of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,24 +90,30 @@ def open_lora(path: Path, scale: float, components: tuple[Component, ...]) -> Lo
     """
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_error(path)
-    read_header(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no LoRA at {path}: --lora takes a .safetensors file")
+    _, metadata = read_header(path)
+    settings = _settings(metadata, path)
     parts: dict[Component, dict[str, dict[str, Tensor]]] = {}
     for name, tensor in read_tensors([path]).items():
-        match = _NAME.fullmatch(name)
-        if match is None:
+        part = parse_name(name)
+        if part is None:
             raise CheckpointError(f"{path} has {name}, which is no part of a plain LoRA; {_READS}")
-        component, module = _split(match["module"] or match["scaled"], path)
-        if component not in components:
-            raise CheckpointError(f"{path} is for a model with a {component.value}, and this one has none")
-        role = "down" if match["down"] else "up" if match["up"] else "alpha"
-        parts.setdefault(component, {}).setdefault(module, {})[role] = tensor
+        if part.component not in components:
+            raise CheckpointError(
+                f"{path} is for a model with a {part.component.value}, and this one has none"
+            )
+        parts.setdefault(part.component, {}).setdefault(part.module, {})[part.role] = tensor
     if not parts:
         raise CheckpointError(f"{path} is empty; {_READS}")
     return Lora(
         path,
         scale,
         {
-            component: {module: _pair(tensors, module, path) for module, tensors in modules.items()}
+            component: {
+                module: _pair(tensors, module, path, settings.get(component))
+                for module, tensors in modules.items()
+            }
             for component, modules in parts.items()
         },
     )
@@ -132,33 +131,42 @@ def parse(text: str) -> tuple[Path, float]:
     return path, strength
 
 
-def _split(name: str, path: Path) -> tuple[Component, str]:
-    for component, prefixes in _PREFIXES.items():
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                return component, _bare(name.removeprefix(prefix))
-    raise CheckpointError(f"{path} has {name}, which is of no component of Stable Diffusion; {_READS}")
+def _settings(metadata: Mapping[str, str], path: Path) -> dict[Component, float]:
+    """α of each component of which the metadata say it."""
+    try:
+        said: dict[str, Any] = dict(json.loads(metadata.get(_METADATA, "{}")))
+        alphas: dict[Component, float] = {}
+        for component, folder in FOLDERS.items():
+            own = {
+                key: said[f"{folder}.{key}"] for key in ("lora_alpha", *_CHANGES) if f"{folder}.{key}" in said
+            }
+            if changes := [key for key in _CHANGES if own.get(key)]:
+                raise CheckpointError(f"{path} has {changes[0]}, which is no plain LoRA; {_READS}")
+            if "lora_alpha" in own:
+                alphas[component] = float(own["lora_alpha"])
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{path} has bad {_METADATA}: download it again") from None
+    return alphas
 
 
-def _pair(tensors: Mapping[str, Tensor], module: str, path: Path) -> _Pair:
+def _pair(tensors: Mapping[str, Tensor], module: str, path: Path, alpha: float | None) -> _Pair:
     if not {"down", "up"} <= tensors.keys():
         raise CheckpointError(f"{path} has only half of {module}: it is damaged, download it again")
     down, up = tensors["down"], tensors["up"]
     rank = down.shape[0]
-    if down.ndim < 2 or up.ndim < 2 or up.flatten(1).shape[1] != rank:
+    if down.ndim < 2 or up.ndim < 2 or rank == 0 or up.flatten(1).shape[1] != rank:
         raise CheckpointError(
             f"{path}: {list(up.shape)} x {list(down.shape)} of {module} is no product: download it again"
         )
-    return _Pair(down, up, float(tensors["alpha"]) / rank if "alpha" in tensors else 1.0)
+    if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1:
+            raise CheckpointError(f"{path}: α of {module} is no single number: download it again")
+        alpha = tensors["alpha"].item()
+    return _Pair(down, up, 1.0 if alpha is None else alpha / rank)
 
 
 def _targets(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """What a LoRA can change, by its name without punctuation."""
     return {
-        _bare(name): part for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
+        bare(name): part for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
     }
-
-
-def _bare(name: str) -> str:
-    """Without punctuation, and without the prefix that transformers' text encoders had until 5.6."""
-    return name.replace(".", "_").removeprefix("text_model_")

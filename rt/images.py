@@ -207,15 +207,16 @@ class OutputPattern:
     Args:
         pattern: A path with any of `{seed}`, `{index}`, `{date}` and `{prompt_hash}`, with format specs as in
             Python ("out/{date:%Y-%m}/{seed}-{index:03d}.png"); or a folder, which exists or ends with "/",
-            for files named "{seed}-{index:03d}.png".
+            for files named as `in_folder` says.
+        in_folder: The pattern of a file's name in a folder.
 
     Raises:
         ConfigError: Unknown field, broken braces or unknown suffix.
     """
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, in_folder: str = DEFAULT_NAME) -> None:
         is_folder = pattern.endswith("/") or Path(pattern).is_dir()
-        self._template = os.path.join(pattern, DEFAULT_NAME) if is_folder else pattern
+        self._template = os.path.join(pattern, in_folder) if is_folder else pattern
         try:
             names = {name for _, name, _, _ in Formatter().parse(self._template) if name is not None}
         except ValueError as error:

@@ -72,14 +72,17 @@ def _open(picture: Picture, name: str) -> Image.Image:
         if pixels.dtype != np.uint8:
             raise TypeError
         return Image.fromarray(pixels)
-    except UnidentifiedImageError:
-        raise ConfigError(f"{name} {picture} is no picture: expected PNG, JPEG or WebP") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise ConfigError(
+            f"{name} {picture} is no picture of a usual kind and size: expected PNG, JPEG or WebP"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{name} {picture} cannot be read: {error.strerror or error}") from None
     except (TypeError, ValueError):
-        kind = picture.dtype if isinstance(picture, np.ndarray) else type(picture).__name__
+        array = isinstance(picture, np.ndarray)
+        kind = f"{picture.dtype} {picture.shape}" if array else type(picture).__name__
         raise ConfigError(
-            f"{name} is {kind}: expected a PIL image, uint8 (height, width, 3) or a path"
+            f"{name} is {kind}: expected a PIL image, uint8 (height, width, 3) or (height, width), or a path"
         ) from None
 
 

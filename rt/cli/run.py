@@ -13,6 +13,7 @@ import numpy as np
 
 import rt
 from rt.backends import AUTO, BACKENDS
+from rt.bundle import LoraRecord
 from rt.errors import ConfigError
 from rt.images import ImageMetadata, OutputPattern, save
 from rt.pipeline import Pipeline
@@ -92,8 +93,14 @@ def command(
         pattern.path(seed=seed, index=index, prompt=prompt, count=len(asked))
         for index, (seed, prompt) in enumerate(zip(seeds, asked, strict=True))
     ]
-    pages = [OutputPattern(page).path(seed=first, index=0, prompt=prompts[0], count=1)] if page else []
-    _check_free([*paths, *pages], force=force)
+    pages = []
+    if page is not None:
+        pattern = OutputPattern(page, in_folder="sheet.png")
+        pages = [pattern.path(seed=first, index=0, prompt=prompts[0], count=1)]
+    _check_free(paths, "-o", force=force)
+    _check_free(pages, "--sheet", force=force)
+    if not set(paths).isdisjoint(pages):
+        raise ConfigError(f"{pages[0]} would be a picture and the sheet: give --sheet another name")
     with progress("draw", total=calls, quiet=quiet) as bar:
         result = pipe(
             prompts,
@@ -111,6 +118,7 @@ def command(
             callback_on_step_end=lambda *step: bar.advance(),
         )
     source = pipe.bundle.manifest.source
+    rescale = {"CFG Rescale": guidance_rescale} if guidance_rescale else {}
     for path, picture, used, prompt in zip(paths, result.images, seeds, asked, strict=True):
         metadata = ImageMetadata(
             prompt=prompt,
@@ -124,7 +132,7 @@ def command(
             model=Path(source.name).stem,
             model_hash=source.model_hash,
             version=f"rt {rt.__version__}",
-            extra={"CFG Rescale": guidance_rescale} if guidance_rescale else {},
+            extra={**rescale, **_loras(source.loras)},
         )
         save(path, np.asarray(picture), metadata=None if no_metadata else metadata, overwrite=force)
     for path in pages:
@@ -135,6 +143,7 @@ def command(
                 {"path": str(path), "seed": used, "prompt": prompt}
                 for path, used, prompt in zip(paths, seeds, asked, strict=True)
             ],
+            "sheet": str(pages[0]) if pages else None,
             "scheduler": sampler.name,
             "backend": pipe.engines.backend.name,
             "backend_reason": pipe.engines.reason,
@@ -145,14 +154,22 @@ def command(
         click.echo("\n".join(str(path) for path in paths))
 
 
-def _check_free(paths: list[Path], *, force: bool) -> None:
-    """Know that the files are free and have a folder, before minutes are spent on drawing them."""
+def _loras(loras: tuple[LoraRecord, ...]) -> dict[str, str]:
+    """As A1111 writes them, and their scales, which it has in the prompt."""
+    names = [Path(lora.name).stem for lora in loras]
+    hashes = [f"{name}: {lora.sha256[:10]}" for name, lora in zip(names, loras, strict=True)]
+    scales = [f"{name}: {lora.scale:g}" for name, lora in zip(names, loras, strict=True)]
+    return {"Lora hashes": ", ".join(hashes), "Lora scales": ", ".join(scales)} if loras else {}
+
+
+def _check_free(paths: list[Path], option: str, *, force: bool) -> None:
+    """Know that the files of `option` are free and have a folder, before minutes are spent on drawing them."""
     for path in paths:
         try:
             if path.exists() and not force:
-                raise ConfigError(f"{path} exists: choose another -o or overwrite it with --force")
+                raise ConfigError(f"{path} exists: choose another {option} or overwrite it with --force")
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(path.parent, os.W_OK):
-                raise ConfigError(f"cannot write {path}: no permission; choose another -o")
+                raise ConfigError(f"cannot write {path}: no permission; choose another {option}")
         except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}; choose another -o") from None
+            raise ConfigError(f"cannot write {path}: {error.strerror}; choose another {option}") from None

@@ -165,7 +165,7 @@ class Scheduler:
         Args:
             num_inference_steps: steps; some samplers have two rows a step.
             timesteps: the timesteps themselves, falling, where the class of diffusers takes them.
-            eta: of DDIM (0 by default) and TCD (0.3), from 0 to 1; 0, no noise, is taken by all others, too.
+            eta: of DDIM (0 by default) and TCD (0.3), from 0 to 1. As in diffusers, 0 says nothing to the others.
 
         Raises:
             ConfigError: a number of steps, timesteps or eta that the sampler cannot run.

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,8 +45,8 @@ def rng() -> np.random.Generator:
     return np.random.default_rng()
 
 
-@pytest.fixture
-def renderer(code: SimpleNamespace) -> object:
+@pytest.fixture(scope="module")
+def renderer(code: SimpleNamespace) -> Any:
     if not any(path.exists() for path in code.render.FONTS):
         pytest.skip("Noto Color Emoji is not installed")
     return code.render.Renderer(64)

@@ -31,7 +31,7 @@ def examples(demo_model: Path) -> Path:
 
 @pytest.fixture
 def judge(code: SimpleNamespace, renderer: object, emoji: tuple[Any, ...]) -> Any:
-    return code.judge.Judge(emoji, 64)
+    return code.judge.Judge(emoji, renderer)
 
 
 @pytest.fixture

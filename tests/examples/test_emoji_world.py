@@ -87,29 +87,36 @@ def test_emoji_stand_on_the_grid_and_inside(
         assert np.isin(shifts, (-4, 0, 4)).all() and tuple(shifts[:2]) == tuple(shifts[2:])
 
 
+@pytest.mark.parametrize("size", [64, 128])
 def test_the_judge_knows_real_pictures(
-    code: SimpleNamespace, renderer: object, rng: np.random.Generator
+    code: SimpleNamespace, renderer: object, rng: np.random.Generator, size: int
 ) -> None:
     """Also under noise; and it does not say yes to the neighbour's picture."""
     emoji = code.world.load(48)
-    judge = code.judge.Judge(emoji, 64)
+    renderer = code.render.Renderer(size)
+    judge = code.judge.Judge(emoji, renderer)
     for pairs in (False, True):
         scenes = code.judge.held_out(rng, emoji, 12, pairs)
         assert all(scene.held_out and (len(scene.emoji) == 2) == pairs for scene in scenes)
         pictures = [renderer(scene, rng) for scene in scenes]
         noisy = [np.clip(p + rng.normal(0, 20, p.shape), 0, 255).astype(np.uint8) for p in pictures]
         assert all(judge(scene, picture).right for scene, picture in zip(scenes, noisy, strict=True))
-        wrong = [judge(scene, picture) for scene, picture in zip(scenes, noisy[1:] + noisy[:1], strict=True)]
-        assert not any(verdict.right for verdict in wrong)
+        for scene, other, picture in zip(scenes, scenes[1:] + scenes[:1], noisy[1:] + noisy[:1], strict=True):
+            assert scene.colour == other.colour or not judge(scene, picture).right
 
 
 def test_a_wrong_picture_is_told_with_what_it_shows(code: SimpleNamespace, renderer: object) -> None:
     emoji = code.world.load(8)
-    judge = code.judge.Judge(emoji, 64)
+    judge = code.judge.Judge(emoji, renderer)
     asked, other = code.world.Scene((emoji[0],), "blue"), code.world.Scene((emoji[3],), "green")
     assert str(judge(asked, renderer(asked))) == "a red heart on a blue background"
     wrong = str(judge(asked, renderer(other)))
     assert wrong == "a red heart on a blue background [a moon; green]"
+
+
+def test_more_held_out_scenes_than_there_are(code: SimpleNamespace, rng: np.random.Generator) -> None:
+    with pytest.raises(SystemExit, match=r"^error: 2 emoji have no 500 held-out singles: ask for fewer"):
+        code.judge.held_out(rng, code.world.load(2), 500, pairs=False)
 
 
 def test_a_font_that_is_not_there(code: SimpleNamespace) -> None:

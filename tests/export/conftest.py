@@ -71,7 +71,7 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
 
 
-def write_folder(root: Path, architecture: Architecture, dtype: torch.dtype) -> None:
+def _write_folder(root: Path, architecture: Architecture) -> None:
     """Every parameter drawn anew, so that two swapped ones differ."""
     for name, config in architecture.configs.items():
         if name == "model_index":
@@ -84,7 +84,7 @@ def write_folder(root: Path, architecture: Architecture, dtype: torch.dtype) -> 
         if folder not in architecture.configs:
             continue
         state = build(component, architecture.configs[folder]).state_dict()
-        state = {key: (torch.randn(value.shape) * 0.1).to(dtype) for key, value in state.items()}
+        state = {key: torch.randn(value.shape) * 0.1 for key, value in state.items()}
         stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
         save_file(state, root / folder / f"{stem}.safetensors", metadata={"format": "pt"})
     for i, pad_token in enumerate(_PAD_TOKENS[architecture.family]):
@@ -92,11 +92,17 @@ def write_folder(root: Path, architecture: Architecture, dtype: torch.dtype) -> 
 
 
 @pytest.fixture(scope="session")
+def write_folder() -> Callable[[Path, Architecture], None]:
+    """`write_folder(root, architecture)` writes a model with fresh random weights."""
+    return _write_folder
+
+
+@pytest.fixture(scope="session")
 def _masters(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
     roots = {}
     for family, architecture in TINY.items():
         roots[family] = tmp_path_factory.mktemp(family.value)
-        write_folder(roots[family], architecture, torch.float32)
+        _write_folder(roots[family], architecture)
     return roots
 
 

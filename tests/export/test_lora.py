@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rt.errors import CheckpointError, ConfigError, PickleError
-from rt.export.checkpoint import open_checkpoint
+from rt.export.architectures import Architecture, clip, unet, vae
+from rt.export.checkpoint import Checkpoint, open_checkpoint
 from rt.export.lora import parse
 from rt.model import Component, Family
 
@@ -50,14 +54,23 @@ def write(path: Path, layout: str, drawn: dict[tuple[str, str], tuple[Tensor, Te
             stem = {"unet": "lora_unet", "text_encoder": "lora_te"}[part] + "_" + name.replace(".", "_")
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             tensors[f"{stem}.alpha"] = torch.tensor(ALPHA)
+        elif layout == "processor" and ".attn" in name:
+            stem = f"{part}.{name.removesuffix('.0').replace('.to_', '.processor.to_')}_lora"
+            tensors |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
         else:
-            a, b = {"peft": ("lora_A", "lora_B"), "old": ("lora.down", "lora.up")}[layout]
-            tensors |= {f"{part}.{name}.{a}.weight": down, f"{part}.{name}.{b}.weight": up}
+            a, b = {
+                "peft": ("lora_A", "lora_B"),
+                "old": ("lora.down", "lora.up"),
+                "processor": ("lora_linear_layer.down", "lora_linear_layer.up"),
+                "bare": ("lora_A", "lora_B"),
+            }[layout]
+            stem = name if layout == "bare" and part == "unet" else f"{part}.{name}"
+            tensors |= {f"{stem}.{a}.weight": down, f"{stem}.{b}.weight": up}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
 
 
-@pytest.mark.parametrize("layout", ["peft", "old", "kohya"])
+@pytest.mark.parametrize("layout", ["peft", "old", "processor", "bare", "kohya"])
 def test_every_layout_is_merged(folder: Callable[..., Path], tmp_path: Path, layout: str) -> None:
     root = folder()
     drawn = pairs(root)
@@ -88,12 +101,142 @@ def test_same_as_diffusers(demo_model: Path, tmp_path: Path, layout: str) -> Non
             out, into = module.weight.shape
             drawn["unet", name] = (torch.randn(RANK, into) * 0.05, torch.randn(out, RANK) * 0.05)
     file = write(tmp_path / "style.safetensors", layout, drawn)
+    check_same(pipe, file, open_checkpoint(str(demo_model), loras=[(file, 0.7)]))
+
+
+@pytest.mark.parametrize("alpha", [1, 7.5])
+def test_alpha_in_the_metadata(demo_model: Path, tmp_path: Path, alpha: float) -> None:
+    """As diffusers writes it, and reads it."""
+    pipe = StableDiffusionPipeline.from_pretrained(demo_model, safety_checker=None, torch_dtype=torch.float32)
+    targets = ["to_q", "conv1"]
+    pipe.unet.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
+    )
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        weight_name="style.safetensors",
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )
+    file = tmp_path / "style.safetensors"
+    fresh = StableDiffusionPipeline.from_pretrained(
+        demo_model, safety_checker=None, torch_dtype=torch.float32
+    )
+    check_same(fresh, file, open_checkpoint(str(demo_model), loras=[(file, 0.7)]))
+
+
+def test_original_names_of_xl(write_folder: Callable[..., None], tmp_path: Path) -> None:
+    """kohya-ss names XL's blocks as the original code does; all that such files are known to change, and more."""
+    architecture = Architecture(
+        Family.SDXL,
+        unet(
+            (32, 64),
+            192,
+            8,
+            [1, 2],
+            depths=(0, 2),
+            use_linear_projection=True,
+            layers_per_block=2,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=32,
+            projection_class_embeddings_input_dim=96 + 6 * 32,
+        ),
+        vae((32, 64), 16, layers=1),
+        (
+            clip(64, 2, 1, act="quick_gelu", vocab=514, tokens=12),
+            clip(128, 3, 2, act="gelu", vocab=514, tokens=12, projection=96),
+        ),
+    )
+    write_folder(tmp_path / "model", architecture)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    tensors = {}
+    for encoder, stem in ((pipe.unet, "unet"), (pipe.text_encoder, "te1"), (pipe.text_encoder_2, "te2")):
+        for name, module in encoder.named_modules():
+            if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or name == "text_projection":
+                continue
+            out, *into = module.weight.shape
+            shape = (out, RANK, *[1] * (len(into) - 1))
+            own = original_name(name) if stem == "unet" else f"text_model_{name.removeprefix('text_model.')}"
+            if own is not None:
+                key = f"lora_{stem}_{own.replace('.', '_')}"
+                tensors[f"{key}.lora_down.weight"] = torch.randn(RANK, *into) * 0.1
+                tensors[f"{key}.lora_up.weight"] = torch.randn(shape) * 0.1
+                tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
+    file = tmp_path / "style.safetensors"
+    save_file(tensors, file)
+    assert any("output_blocks_2_2_conv" in name for name in tensors)
+    check_same(pipe, file, open_checkpoint(str(tmp_path / "model"), loras=[(file, 0.7)]))
+
+
+def original_name(name: str) -> str | None:
+    """Of a module of a U-Net with two levels of two layers, the second with attention; written out by hand."""
+    blocks = {
+        "down_blocks.0.resnets.0": "input_blocks.1.0",
+        "down_blocks.0.resnets.1": "input_blocks.2.0",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.1.resnets.0": "input_blocks.4.0",
+        "down_blocks.1.attentions.0": "input_blocks.4.1",
+        "down_blocks.1.resnets.1": "input_blocks.5.0",
+        "down_blocks.1.attentions.1": "input_blocks.5.1",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0",
+        "up_blocks.0.attentions.0": "output_blocks.0.1",
+        "up_blocks.0.resnets.1": "output_blocks.1.0",
+        "up_blocks.0.attentions.1": "output_blocks.1.1",
+        "up_blocks.0.resnets.2": "output_blocks.2.0",
+        "up_blocks.0.attentions.2": "output_blocks.2.1",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.1.resnets.0": "output_blocks.3.0",
+        "up_blocks.1.resnets.1": "output_blocks.4.0",
+        "up_blocks.1.resnets.2": "output_blocks.5.0",
+    }
+    layers = {
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }
+    for block, own in blocks.items():
+        if name == block or name.startswith(f"{block}."):
+            rest = name.removeprefix(block).removeprefix(".")
+            return f"{own}.{layers.get(rest, rest)}".rstrip(".")
+    return None
+
+
+def check_same(pipe: Any, file: Path, merged: Checkpoint) -> None:
+    """What `pipe` is after it has merged `file` at 0.7."""
     pipe.load_lora_weights(file)
     pipe.fuse_lora(lora_scale=0.7)
     pipe.unload_lora_weights()
-    expected = pipe.unet.state_dict()
-    found = open_checkpoint(str(demo_model), loras=[(file, 0.7)]).load(Component.UNET).state_dict()
-    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-6
+    for component, network in (
+        (Component.UNET, pipe.unet),
+        (Component.TEXT_ENCODER, pipe.text_encoder),
+        (Component.TEXT_ENCODER_2, getattr(pipe, "text_encoder_2", None)),
+    ):
+        if network is not None:
+            expected, found = network.state_dict(), merged.load(component).state_dict()
+            assert expected.keys() == found.keys()
+            assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('{"unet.use_rslora": true}', "has use_rslora"),
+        ('{"unet.alpha_pattern": {"to_q": 4}}', "has alpha_pattern"),
+        ('{"unet.lora_alpha": "much"}', "bad lora_adapter_metadata"),
+        ("[1]", "bad lora_adapter_metadata"),
+    ],
+)
+def test_metadata_that_mean_another_formula(
+    folder: Callable[..., Path], tmp_path: Path, said: str, message: str
+) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file({f"{A}.lora_A.weight": torch.randn(4, 32)}, file, metadata={"lora_adapter_metadata": said})
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(folder()), loras=[(file, 1.0)])
 
 
 def test_several_add_up(folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -124,10 +267,15 @@ A = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         ({}, "is empty"),
         ({"unet.conv_in.weight": (4, 4)}, "no part of a plain LoRA"),
         ({f"{A}.hada_w1_a": (4, 4)}, "no part of a plain LoRA"),
-        ({"transformer.x.lora_A.weight": (4, 4)}, "no component of Stable Diffusion"),
+        ({"transformer.x.lora_A.weight": (4, 4)}, "no part of a plain LoRA"),
         ({"lora_te2_x.lora_down.weight": (4, 4)}, "text_encoder_2, and this one has none"),
         ({f"{A}.lora_A.weight": (4, 32)}, "only half of"),
         ({f"{A}.lora_A.weight": (4, 32), f"{A}.lora_B.weight": (32, 5)}, "is no product"),
+        ({f"{A}.lora_A.weight": (0, 32), f"{A}.lora_B.weight": (32, 0)}, "is no product"),
+        (
+            {f"{A}.lora_A.weight": (4, 32), f"{A}.lora_B.weight": (32, 4), f"{A}.alpha": (2,)},
+            "no single number",
+        ),
         ({f"{A}.lora_A.weight": (4, 31), f"{A}.lora_B.weight": (32, 4)}, r"the model's is \[32, 32\]"),
         ({"unet.x.lora_A.weight": (4, 8), "unet.x.lora_B.weight": (8, 4)}, "which unet has not"),
     ],
@@ -145,7 +293,7 @@ def test_what_does_not_fit_is_refused(
 def test_pickles_and_missing_files_are_refused(folder: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(PickleError):
         open_checkpoint(str(folder()), loras=[(tmp_path / "style.pt", 1.0)])
-    with pytest.raises(CheckpointError, match="is missing"):
+    with pytest.raises(CheckpointError, match="there is no LoRA at"):
         open_checkpoint(str(tmp_path / "sd1"), loras=[(tmp_path / "none.safetensors", 1.0)])
 
 

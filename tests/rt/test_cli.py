@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -162,7 +163,9 @@ def test_run_draws_several_prompts_and_a_sheet(rt: Rt, demo_bundle: Path, tmp_pa
     result = rt(
         "run", demo_bundle, *prompts, *FAST, "-n", 2, "-o", "out/", "--sheet", "out/sheet.png", "--json"
     )
-    images = json.loads(result.out)["images"]
+    summary = json.loads(result.out)
+    images = summary["images"]
+    assert summary["sheet"] == "out/sheet.png"
     assert [image["prompt"] for image in images] == ["a red heart"] * 2 + ["a pizza"] * 2
     assert [image["seed"] for image in images] == [7, 8, 9, 10]
     alone = rt("run", demo_bundle, "-p", "a pizza", *FAST[:-1], 9, "-o", "alone.png")
@@ -172,6 +175,27 @@ def test_run_draws_several_prompts_and_a_sheet(rt: Rt, demo_bundle: Path, tmp_pa
         assert one.info["parameters"] == other.info["parameters"]
     with Image.open(tmp_path / "out" / "sheet.png") as page:
         assert page.width == 4 * (128 + 12) + 12
+
+
+def test_a_folder_for_the_sheet(rt: Rt, demo_bundle: Path, tmp_path: Path) -> None:
+    result = rt("run", demo_bundle, "-p", "a pizza", *FAST, "-o", "out/", "--sheet", "out/")
+    assert result.code == 0, result.error
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["7-000.png", "sheet.png"]
+
+
+def test_a_lora_from_build_to_picture(rt: Rt, demo_model: Path, tmp_path: Path) -> None:
+    """It is in the manifest, in what inspect prints, and in the picture's settings."""
+    lora = demo_model / "loras" / "pixel-art.safetensors"
+    built = rt("build", demo_model, "-o", "styled", "--lora", f"{lora}:0.5")
+    assert built.code == 0, built.error
+    (record,) = json.loads((tmp_path / "styled" / "manifest.json").read_text())["source"]["loras"]
+    assert record["name"] == "pixel-art.safetensors" and record["scale"] == 0.5
+    assert record["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
+    assert "pixel-art.safetensors, scale 0.5" in rt("inspect", "styled").out
+    assert rt("run", "styled", "-p", "a pizza", *FAST, "-o", "pizza.png").code == 0
+    with Image.open(tmp_path / "pizza.png") as picture:
+        settings = picture.info["parameters"]
+    assert f'Lora hashes: "pixel-art: {record["sha256"][:10]}", Lora scales: "pixel-art: 0.5"' in settings
 
 
 def test_inspect_describes_and_json_is_the_manifest(rt: Rt, demo_bundle: Path, no_engine: None) -> None:
@@ -324,7 +348,8 @@ def test_usage_of_build(rt: Rt, tmp_path: Path, args: list[str], words: list[str
         (["-o", "{sed}.png"], ["{sed}", "{seed}"]),
         (["-o", "taken.png"], ["taken.png exists", "--force"]),
         (["-o", "taken.png/x.png"], ["taken.png"]),
-        (["--sheet", "taken.png"], ["taken.png exists", "--force"]),
+        (["--sheet", "taken.png"], ["taken.png exists", "--sheet", "--force"]),
+        (["-o", "x.png", "--sheet", "x.png"], ["x.png would be a picture and the sheet", "--sheet"]),
         (["--sheet", "x.bmp"], [".bmp", ".png"]),
     ],
 )

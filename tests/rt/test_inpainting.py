@@ -15,6 +15,8 @@ from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DCondi
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from rt.bench.bundle import measure
+from rt.bench.report import Settings
 from rt.errors import ConfigError, NumericsError
 from rt.inpainting import Inpainting, cut_out
 from rt.noise import Generator
@@ -177,10 +179,11 @@ def test_what_is_no_picture(pipe: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no picture")
     for value, message in (
         (tmp_path / "none.png", "cannot be read"),
-        (tmp_path / "a.txt", "is no picture"),
+        (tmp_path / "a.txt", "is no picture of a usual kind and size"),
         ("\0", "cannot be read|is str"),
         ([[["x"]]], "is list"),
-        (np.zeros((SIDE, SIDE, 3), np.float32), "is float32"),
+        (np.zeros((SIDE, SIDE, 3), np.float32), r"is float32 \(64, 64, 3\)"),
+        (np.zeros((3, SIDE, SIDE), np.uint8), r"is uint8 \(3, 64, 64\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             pipe("a star", image=value, mask_image=mask())
@@ -194,6 +197,12 @@ def test_an_encoder_that_overflows_is_named(bundle: Path) -> None:
     broken.engines._loaded[record].enqueue = lambda: None
     with pytest.raises(NumericsError, match="vae_encoder"):
         broken("a star", image=picture(), mask_image=mask(), guidance_scale=1)
+
+
+def test_bench_measures_the_encoder_too(bundle: Path) -> None:
+    settings = Settings(steps=1, guidance_scale=5.0, warmup=0, iterations=1)
+    names = [stage.name for stage in measure(bundle, settings, batch_size=2, quiet=True).stages]
+    assert "VAE encoder" in names and "end to end" in names
 
 
 def test_command_line(bundle: Path, tmp_path: Path) -> None:

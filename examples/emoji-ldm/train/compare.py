@@ -17,7 +17,8 @@ import rt
 from autoencoder import psnr
 from evaluate import label
 from judge import Judge, held_out
-from rt.bench.record import RESULTS, publish
+from render import Renderer
+from rt.bench.record import publish
 from rt.samplers import SAMPLERS
 from world import Scene, concepts
 
@@ -44,7 +45,8 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, default=48, help="with one emoji and with two, each (default: 48)"
     )
-    parser.add_argument("--records", type=Path, default=RESULTS, help="for the figures")
+    parser.add_argument("--font", default="", help="NotoColorEmoji.ttf, where it is not in the usual place")
+    parser.add_argument("--records", type=Path, help="folder to keep the figures in, such as bench/results")
     args = parser.parse_args()
 
     emoji = concepts(args.model)
@@ -54,7 +56,8 @@ def main() -> None:
         *held_out(rng, emoji, args.prompts, pairs=True),
     ]
     pipes = [rt.Pipeline.from_bundle(bundle) for bundle in args.bundles]
-    judge = Judge(emoji, pipes[0].bundle.manifest.config.profiles[0].height)
+    size = pipes[0].bundle.manifest.config.profiles[0].height
+    judge = Judge(emoji, Renderer(size, args.font))
 
     def drawn(pipe: rt.Pipeline, **settings: Any) -> np.ndarray:
         settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **settings}
@@ -69,7 +72,7 @@ def main() -> None:
     reference = drawn(pipes[0])
     for pipe in pipes:
         pictures = drawn(pipe)
-        distance = None if pipe is pipes[0] else round(psnr(pictures, reference), 1)
+        distance = None if np.array_equal(pictures, reference) else round(psnr(pictures, reference), 1)
         results.append(Result("precision", pipe.bundle.manifest.config.dtype.value, top1(pictures), distance))
     for steps in (2, 4, 8, 12, 20, 50):
         results.append(Result("steps", str(steps), top1(drawn(pipes[0], num_inference_steps=steps))))
@@ -81,7 +84,8 @@ def main() -> None:
 
     model = label(pipes[0])
     figures = {"model": model, "prompts": len(scenes), "comparison": [asdict(result) for result in results]}
-    publish(f"comparison {model}", figures, args.records)
+    if args.records:
+        publish(f"comparison {model}", figures, args.records)
     print("\n".join(str(result) for result in results))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autoencoder import to_signed
 from config import Config
-from loop import Workers
+from loop import Workers, save_whole
 from model import Model
 from render import Renderer
 from world import Scene, draw, load
@@ -71,7 +71,7 @@ def encode_scenes(
                 around = _encode(model, pictures * (1 - masks))
                 part = (*part, masks[..., :: config.factor, :: config.factor].half(), around)
             parts.append(part)
-        torch.save([torch.cat(column) for column in zip(*parts, strict=True)], path)
+        save_whole([torch.cat(column) for column in zip(*parts, strict=True)], path)
     return Examples(*torch.load(path))
 
 

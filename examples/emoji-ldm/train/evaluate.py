@@ -19,7 +19,7 @@ import rt
 from autoencoder import psnr, to_bytes, to_signed
 from judge import Judge, Verdict, held_out
 from render import Renderer
-from rt.bench.record import RESULTS, publish
+from rt.bench.record import publish
 from rt.sheet import sheet
 from world import Scene, concepts
 
@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the folder that train.py wrote")
     parser.add_argument("bundle", type=Path, help="what `rt build` made of it")
     parser.add_argument("--out", type=Path, default=Path("."), help="for the two sheets")
-    parser.add_argument("--records", type=Path, default=RESULTS, help="for the figures")
+    parser.add_argument("--font", default="", help="NotoColorEmoji.ttf, where it is not in the usual place")
+    parser.add_argument("--records", type=Path, help="folder to keep the figures in, such as bench/results")
     parser.add_argument(
         "--singles", type=int, default=200, help="prompts with one emoji (default: %(default)s)"
     )
@@ -53,11 +54,14 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--scheduler", help="the model's own if left out")
     args = parser.parse_args()
+    if min(args.singles, args.pairs) < 1:
+        parser.error("--singles and --pairs take 1 or more")
 
     emoji = concepts(args.model)
     pipe = rt.Pipeline.from_bundle(args.bundle)
     size = pipe.bundle.manifest.config.profiles[0].height
-    judge, rng = Judge(emoji, size), np.random.default_rng(1)
+    renderer = Renderer(size, args.font)
+    judge, rng = Judge(emoji, renderer), np.random.default_rng(1)
 
     def judged(scenes: list[Scene]) -> list[Verdict]:
         drawn = pipe(
@@ -73,7 +77,6 @@ def main() -> None:
     singles = judged(held_out(rng, emoji, args.singles, pairs=False))
     pairs = judged(held_out(rng, emoji, args.pairs, pairs=True))
     coloured = [verdict for verdict in (*singles, *pairs) if verdict.scene.colour != "white"]
-    renderer = Renderer(size)
     truth = np.stack([renderer(verdict.scene, rng) for verdict in (*singles, *pairs)])
 
     def part(of: list[bool]) -> float:
@@ -102,7 +105,8 @@ def main() -> None:
             "background": len(coloured),
         },
     }
-    publish(f"quality {figures['model']}", figures, args.records)
+    if args.records:
+        publish(f"quality {figures['model']}", figures, args.records)
     args.out.mkdir(parents=True, exist_ok=True)
     everything = [*plain, *singles, *pairs]
     right, wrong = ([v for v in everything if v.right == wanted] for wanted in (True, False))

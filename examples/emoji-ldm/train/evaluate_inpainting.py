@@ -20,7 +20,7 @@ from evaluate import label, reconstruct
 from inpainting import rectangle
 from judge import Judge, held_out
 from render import Renderer
-from rt.bench.record import RESULTS, publish
+from rt.bench.record import publish
 from rt.sheet import sheet
 from world import Scene, concepts
 
@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the folder that train.py wrote")
     parser.add_argument("bundle", type=Path, help="what `rt build` made of it")
     parser.add_argument("--out", type=Path, default=Path("."), help="for the sheet")
-    parser.add_argument("--records", type=Path, default=RESULTS, help="for the figures")
+    parser.add_argument("--font", default="", help="NotoColorEmoji.ttf, where it is not in the usual place")
+    parser.add_argument("--records", type=Path, help="folder to keep the figures in, such as bench/results")
     parser.add_argument("--pairs", type=int, default=96)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
@@ -49,7 +50,8 @@ def main() -> None:
     emoji = concepts(args.model)
     pipe = rt.Pipeline.from_bundle(args.bundle)
     size = pipe.bundle.manifest.config.profiles[0].height
-    judge, renderer = Judge(emoji, size), Renderer(size)
+    renderer = Renderer(size, args.font)
+    judge = Judge(emoji, renderer)
     scenes = held_out(np.random.default_rng(7), emoji, args.pairs, pairs=True)
     pictures = [renderer(scene) for scene in scenes]
     holes = [cut(scene, size) for scene in scenes]
@@ -81,7 +83,8 @@ def main() -> None:
         },
         "prompts": {"pair": len(scenes)},
     }
-    publish(f"inpainting {figures['model']}", figures, args.records)
+    if args.records:
+        publish(f"inpainting {figures['model']}", figures, args.records)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [
         (np.where(hole[..., None] > 0.5, 128, picture).astype(np.uint8), filled)

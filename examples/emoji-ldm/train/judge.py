@@ -1,8 +1,8 @@
 """Tells what a picture shows, without a network.
 
 At the place that the caption names, the picture's pixels are compared with the font's glyphs of all concepts, moved by
-up to 6 pixels, on the background that the picture has; the nearest in mean squared error is what it shows. The
-background is the colour of the palette nearest to the median of the picture's border.
+up to a tenth of the picture, on the background that the picture has; the nearest in mean squared error is what it
+shows. The background is the colour of the palette nearest to the median of the picture's border.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from PIL import Image
 from render import Renderer
 from world import COLOURS, Emoji, Placed, Scene, draw
 
-SHIFT_PX = 6
+GRID = 32
+"""Pictures are compared at this side: finer than the eye's first look, and coarse enough to be quick."""
+SHIFT = 3
+"""How far a glyph may stand aside, in pixels of that side: a scene's own step is two."""
 MARGIN = 0.1
 """Around a glyph's box, in parts of the picture: what is compared."""
 
@@ -49,10 +52,11 @@ class Verdict:
 
 
 class Judge:
-    """Finds emoji in pictures of one size by their pixels."""
+    """Finds emoji by their pixels, in pictures of the renderer's size, a multiple of `GRID`."""
 
-    def __init__(self, emoji: tuple[Emoji, ...], size: int):
-        self._emoji, self._size, self._renderer = emoji, size, Renderer(size)
+    def __init__(self, emoji: tuple[Emoji, ...], renderer: Renderer):
+        self._emoji, self._size, self._renderer = emoji, renderer.size, renderer
+        self._pixel = renderer.size // GRID
         self._templates = lru_cache(maxsize=None)(self._make_templates)
 
     def __call__(self, scene: Scene, picture: np.ndarray) -> Verdict:
@@ -65,7 +69,7 @@ class Judge:
 
     def _nearest(self, picture: np.ndarray, placed: Placed, background: np.ndarray) -> Emoji:
         rows, columns = self._box(placed)
-        seen = _halved(picture[rows, columns].astype(np.float32))
+        seen = _reduced(picture[rows, columns].astype(np.float32), self._pixel)
         alpha, premultiplied, owner = self._templates(placed.centre, placed.side)
         expected = premultiplied + (1 - alpha) * background.astype(np.float32)
         errors = np.square(expected - seen).mean(axis=(1, 2, 3))
@@ -74,7 +78,7 @@ class Judge:
     def _box(self, placed: Placed) -> tuple[slice, slice]:
         reach = placed.side / 2 + MARGIN
         edges = [
-            [round(np.clip(centre + sign * reach, 0, 1) * self._size / 2) * 2 for sign in (-1, 1)]
+            [round(np.clip(centre + sign * reach, 0, 1) * GRID) * self._pixel for sign in (-1, 1)]
             for centre in placed.centre
         ]
         return slice(*edges[1]), slice(*edges[0])
@@ -87,31 +91,35 @@ class Judge:
         alphas, colours, owner = [], [], []
         for index, emoji in enumerate(self._emoji):
             glyph = self._renderer.glyph(emoji, round(side * self._size))
-            for shift in itertools.product(range(-SHIFT_PX, SHIFT_PX + 1, 2), repeat=2):
+            for shift in itertools.product(range(-SHIFT, SHIFT + 1), repeat=2):
                 layer = Image.new("RGBA", (self._size, self._size))
                 x, y = (
-                    round(c * self._size - extent / 2) + by
+                    round(c * self._size - extent / 2) + by * self._pixel
                     for c, extent, by in zip(centre, glyph.size, shift, strict=True)
                 )
                 layer.paste(glyph, (x, y))
                 pixels = np.asarray(layer, np.float32)[rows, columns]
                 alpha = pixels[..., 3:] / 255
-                alphas.append(_halved(alpha))
-                colours.append(_halved(pixels[..., :3] * alpha))
+                alphas.append(_reduced(alpha, self._pixel))
+                colours.append(_reduced(pixels[..., :3] * alpha, self._pixel))
                 owner.append(index)
         return np.stack(alphas), np.stack(colours), np.array(owner)
 
 
-def _halved(pixels: np.ndarray) -> np.ndarray:
+def _reduced(pixels: np.ndarray, by: int) -> np.ndarray:
     height, width, channels = pixels.shape
-    return pixels.reshape(height // 2, 2, width // 2, 2, channels).mean(axis=(1, 3))
+    return pixels.reshape(height // by, by, width // by, by, channels).mean(axis=(1, 3))
 
 
 def held_out(rng: np.random.Generator, emoji: tuple[Emoji, ...], count: int, pairs: bool) -> list[Scene]:
-    """Different scenes that training never saw, of one emoji or of two."""
+    """So many different scenes that training never saw, of one emoji or of two."""
     scenes: dict[str, Scene] = {}
-    while len(scenes) < count:
+    for _ in range(100 * count):
         scene = draw(rng, emoji, held_out=True)
         if (len(scene.emoji) == 2) == pairs:
             scenes[scene.caption] = scene
-    return list(scenes.values())
+        if len(scenes) == count:
+            return list(scenes.values())
+    raise SystemExit(
+        f"error: {len(emoji)} emoji have no {count} held-out {'pairs' if pairs else 'singles'}: ask for fewer"
+    )

@@ -65,6 +65,13 @@ class Workers:
             vector /= self.count
 
 
+def save_whole(value: Any, path: Path) -> None:
+    """`torch.save` that leaves the whole file or none, whatever interrupts it."""
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    part.replace(path)
+
+
 class Task(Protocol):
     """What one stage trains."""
 
@@ -178,10 +185,8 @@ def train(
 
     def save() -> None:
         if workers.first:
-            part = checkpoint.with_suffix(".part")
             states = {"weights": weights.state(), "optimizers": [o.state_dict() for o in optimizers]}
-            torch.save({**states, "step": step, "spent": spent}, part)
-            part.replace(checkpoint)
+            save_whole({**states, "step": step, "spent": spent}, checkpoint)
 
     def preview() -> None:
         if workers.first:

@@ -1,7 +1,7 @@
 """Prepares a training: ``python prepare.py RUN [--preset cpu|gpu]``.
 
-Writes the run's configuration, its vocabulary, a sheet of scenes to look at, and captions that are kept from training.
-Scenes themselves are drawn when they are needed: that takes a quarter of a millisecond each.
+Writes the run's configuration, its vocabulary and a sheet of scenes to look at. The scenes that are learned from are
+drawn by `train.py`: that takes a quarter of a millisecond each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import vocabulary
-from config import PRESETS
+from config import PRESETS, Config
 from render import Renderer, grid
 from world import COLOURS, CONTEXT, CORNERS, RELATIONS, Scene, draw, load
 
@@ -30,6 +30,8 @@ def main() -> None:
 
     config = replace(PRESETS[args.preset], font=args.font)
     emoji, renderer = load(config.emoji), Renderer(config.size, config.font)
+    if (args.run / "config.json").exists() and Config.load(args.run) != config:
+        raise SystemExit(f"error: {args.run} belongs to another configuration: choose another folder")
     args.run.mkdir(parents=True, exist_ok=True)
     config.save(args.run / "config.json")
 
@@ -43,8 +45,6 @@ def main() -> None:
     rng = np.random.default_rng(0)
     scenes = [draw(rng, emoji) for _ in range(96)]
     grid([renderer(scene, rng) for scene in scenes], 16, scale=1).save(args.run / "scenes.png")
-    held_out = sorted({draw(rng, emoji, held_out=True).caption for _ in range(2000)})
-    (args.run / "held-out.txt").write_text("\n".join(held_out) + "\n", encoding="utf-8")
     print(
         f"{args.run}: {len(emoji)} emoji at {config.size} x {config.size}; look at scenes.png, then run train.py"
     )
