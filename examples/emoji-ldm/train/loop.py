@@ -231,6 +231,7 @@ def train(
     bar.close()
     if saved < spent:
         save()
+    if previewed < spent:
         preview()
     weights.swap()
     task.modules.eval().requires_grad_(False)

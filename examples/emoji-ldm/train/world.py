@@ -137,7 +137,11 @@ def concepts(model: Path) -> tuple[Emoji, ...]:
 
 
 def draw(rng: np.random.Generator, emoji: tuple[Emoji, ...], held_out: bool = False) -> Scene:
-    """A random scene of the wanted kind: 45 % large, 15 % in a corner, 40 % pairs; two of five backgrounds white."""
+    """A random scene: 45 % large, 15 % in a corner, 40 % pairs; two of five backgrounds white.
+
+    That is before those that are not of the wanted kind are thrown away. What is trained on is half large, a third
+    pairs, and nearly half white.
+    """
     colours = list(COLOURS)
     while True:
         kind = rng.random()
