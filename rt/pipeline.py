@@ -172,7 +172,7 @@ class Pipeline:
             scheduler: Name of a sampler (`rt.samplers.SAMPLERS`, diffusers' class names), or a `Scheduler`;
                 the checkpoint's own when left out.
             image: For an inpainting model: the picture to change, resized to the built size.
-            mask_image: Bright where it is to be painted anew.
+            mask_image: Bright where it is to be painted anew, from noise alone (diffusers' strength 1).
 
         Raises:
             ArgumentError: For a keyword that does not exist, with the nearest that does.

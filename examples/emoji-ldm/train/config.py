@@ -31,6 +31,8 @@ class Config:
     """Of each variant, by its name."""
     scenes: int
     """Scenes whose latents the U-Net learns from; each is met again with other noise."""
+    paths: int
+    """Of the teacher, that the four-step student learns from."""
     font: str = ""
     """The font's file, where it is not in the usual place."""
 
@@ -69,8 +71,9 @@ PRESETS = {
         vae_minutes=10,
         unet_minutes=45,
         decoder_minutes=6,
-        variant_minutes={"inpainting": 9, "lcm": 14, "pixel-art": 5},
+        variant_minutes={"inpainting": 9, "lcm": 8, "pixel-art": 5},
         scenes=32_000,
+        paths=9_600,
     ),
     "gpu": Config(
         size=128,
@@ -87,6 +90,7 @@ PRESETS = {
         decoder_minutes=2,
         variant_minutes={"inpainting": 5, "lcm": 8, "pixel-art": 3},
         scenes=400_000,
+        paths=60_000,
     ),
     "smoke": Config(
         size=64,
@@ -103,5 +107,6 @@ PRESETS = {
         decoder_minutes=0.01,
         variant_minutes={"inpainting": 0.02, "lcm": 0.02, "pixel-art": 0.02},
         scenes=128,
+        paths=128,
     ),
 }

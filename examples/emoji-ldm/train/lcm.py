@@ -1,82 +1,127 @@
-"""A variant that needs four steps and no guidance: a latent consistency model (Luo et al. 2023, arXiv:2310.04378).
+"""A variant that needs four steps and no guidance, drawn with like a latent consistency model (arXiv:2310.04378).
 
-The student says at once where the teacher's guided path from a noisy latent ends. It learns that from two neighbouring
-points of a path: what it says at the noisier one shall be what it says at the other, and at the end the latent itself.
+The student says at once where the teacher's guided path from a noisy latent ends. A consistency model learns that from
+neighbouring points of the path (Luo et al. 2023), and what is known at the end has to travel all the way up. This
+teacher is so small that its paths can be walked to their ends beforehand, so the student learns the ends themselves
+(Luhman & Luhman 2021, arXiv:2101.02388), from the four timesteps at which it will be asked.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
+from config import Config
+from dataset import BATCH, Examples
 from diffusion import DiffusionTask
+from loop import Workers, save_whole
 from model import SCHEDULE, Model
 
-TEACHER_STEPS = 20
-"""Points of the teacher's path, by DDIM. Few, for what is known at the end has to travel all the way up."""
+ASKED = (999, 749, 499, 249)
+"""What LCM's schedule makes of four steps when it has `SCHEDULE_STEPS` to choose from."""
+SCHEDULE_STEPS = 20
+TEACHER_STEPS = 12
+"""Of a whole path, by DDIM; what is asked for is among its points."""
 GUIDANCE = 4.0
 HUBER = 0.001
+_NOISE = DDIMScheduler(**SCHEDULE)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where guided paths begin and end.
+
+    Attributes:
+        begins: float16 [N, 4, h, w], noisy latents.
+        timesteps: int64 [N], how noisy.
+        ends: Clean latents, and the tokens of the captions that guided.
+    """
+
+    begins: Tensor
+    timesteps: Tensor
+    ends: Examples
+
+
+@torch.no_grad()
+def walk_paths(run: Path, config: Config, workers: Workers, model: Model, examples: Examples) -> Paths:
+    """Walks `config.paths` paths of `model` from noisy examples, or takes what an earlier run has left."""
+    path = run / f"paths-{workers.rank}-of-{workers.count}.pt"
+    if not path.exists():
+        device = workers.device
+        parts = []
+        for index in range(config.paths // workers.count // BATCH):
+            rng = torch.Generator().manual_seed(index * workers.count + workers.rank)
+            chosen = torch.randint(len(examples.ids), (BATCH,), generator=rng)
+            clean, ids = examples.latents[chosen].float(), examples.ids[chosen]
+            timesteps = torch.full((BATCH,), ASKED[index % len(ASKED)])
+            noise = torch.randn(clean.shape, generator=rng)
+            begins = _NOISE.add_noise(clean, noise, timesteps)
+            with torch.autocast(device.type, torch.bfloat16):
+                ends = _walk(model, begins.to(device), int(timesteps[0]), ids.to(device))
+            parts.append((begins.half(), timesteps, ends.half().cpu(), ids))
+        save_whole([torch.cat(column) for column in zip(*parts, strict=True)], path)
+    begins, timesteps, ends, ids = torch.load(path)
+    return Paths(begins, timesteps, Examples(ends, ids))
+
+
+def _walk(model: Model, latents: Tensor, timestep: int, ids: Tensor) -> Tensor:
+    """The end of the guided path that begins at `timestep`; DDIM (Song et al. 2021, arXiv:2010.02502)."""
+    captions = model.text_encoder(ids).last_hidden_state
+    nothing = model.text_encoder(model.tokenize([""]).to(ids.device)).last_hidden_state
+    words = torch.cat([nothing.expand_as(captions), captions])
+    total = SCHEDULE["num_train_timesteps"]
+    points = [round(total * k / TEACHER_STEPS) - 1 for k in range(TEACHER_STEPS, -1, -1)]
+    points = points[points.index(timestep) :]
+    for later, sooner in pairwise(points):
+        both = torch.cat([latents, latents])
+        unguided, guided = model.unet(both, later, words, return_dict=False)[0].float().chunk(2)
+        velocity = unguided + GUIDANCE * (guided - unguided)
+        signal, noise = _levels(torch.tensor(later))
+        clean, direction = signal * latents - noise * velocity, noise * latents + signal * velocity
+        signal, noise = _levels(torch.tensor(sooner)) if sooner >= 0 else (1.0, 0.0)
+        latents = signal * clean + noise * direction
+    return latents
+
+
+def _levels(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a latent is signal and how much is noise at these timesteps, on the CPU."""
+    cumulative = _NOISE.alphas_cumprod[timesteps]
+    return cumulative.sqrt(), (1 - cumulative).sqrt()
 
 
 class LcmTask(DiffusionTask):
-    """Consistency along the guided path of `model`, which is the teacher and stays as it is."""
+    """The ends of the paths of `model`, which is the teacher and stays as it is."""
 
     name = "lcm"
     steps, guidance = 4, 1.0
 
-    def __init__(self, model: Model, *args: Any):
-        super().__init__(replace(model, unet=copy.deepcopy(model.unet).requires_grad_(True)), *args)
-        self.modules = nn.ModuleDict({"unet": self.model.unet})
-        self._teacher = model.unet
+    def __init__(self, model: Model, paths: Paths, rows: int, prompts: list[str]):
+        student = copy.deepcopy(model.unet).requires_grad_(True)
+        super().__init__(replace(model, unet=student), paths.ends, rows, prompts)
+        self.modules = nn.ModuleDict({"unet": student})
+        self._paths = paths
 
     def loss(self, rng: torch.Generator) -> Tensor:
-        """Pseudo-Huber distance of what the student says at two neighbouring points."""
-        batch = self._draw(rng)
-        stride = SCHEDULE["num_train_timesteps"] // TEACHER_STEPS
-        later = (batch.timesteps // stride + 1) * stride - 1
-        sooner = later - stride
-        noisy = self._scheduler.add_noise(batch.clean, batch.noise, later)
-        with torch.no_grad():
-            nothing = self.model.text_encoder(self._no_words.to(noisy.device)).last_hidden_state
-            both = self._teacher(
-                torch.cat([noisy, noisy]),
-                torch.cat([later, later]),
-                torch.cat([nothing.expand_as(batch.words), batch.words]),
-                return_dict=False,
-            )[0]
-            unguided, guided = both.float().chunk(2)
-            less_noisy = self._ddim(noisy, unguided + GUIDANCE * (guided - unguided), later, sooner)
-            said = self._ending(less_noisy, sooner.clamp(min=0), batch.words)
-            target = torch.where((sooner < 0)[:, None, None, None], less_noisy, said)
-        distance = self._ending(noisy, later, batch.words) - target
+        """Pseudo-Huber distance of what the student says from where the path ends."""
+        device, ends = self.model.unet.device, self._paths.ends
+        chosen = torch.randint(len(ends.ids), (self._rows,), generator=rng)
+        begins, timesteps = self._paths.begins[chosen].float(), self._paths.timesteps[chosen]
+        words = self.model.text_encoder(ends.ids[chosen].to(device)).last_hidden_state
+        velocity = self.model.unet(begins.to(device), timesteps.to(device), words, return_dict=False)[0]
+        signal, noise = (level[:, None, None, None].to(device) for level in _levels(timesteps))
+        said = signal * begins.to(device) - noise * velocity.float()
+        distance = said - ends.latents[chosen].to(device)
         return ((distance.square() + HUBER**2).sqrt() - HUBER).mean()
-
-    def _ending(self, noisy: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
-        """The clean latents that the student's velocity points at."""
-        velocity = self.model.unet(noisy, timesteps, words, return_dict=False)[0].float()
-        signal, noise = self._levels(timesteps)
-        return signal * noisy - noise * velocity
-
-    def _ddim(self, noisy: Tensor, velocity: Tensor, later: Tensor, sooner: Tensor) -> Tensor:
-        """One step of DDIM (Song et al. 2021, arXiv:2010.02502); below timestep 0 is the clean latent."""
-        signal, noise = self._levels(later)
-        clean, direction = signal * noisy - noise * velocity, noise * noisy + signal * velocity
-        signal, noise = self._levels(sooner)
-        return signal * clean + noise * direction
-
-    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        cumulative = self._scheduler.alphas_cumprod.to(timesteps.device)[timesteps.clamp(min=0)]
-        cumulative = torch.where(timesteps < 0, 1.0, cumulative)[:, None, None, None]
-        return cumulative.sqrt(), (1 - cumulative).sqrt()
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The whole in diffusers' words."""
         pipeline = self.model.pipeline()
         settings = {name: value for name, value in SCHEDULE.items() if name != "timestep_spacing"}
-        pipeline.scheduler = LCMScheduler(**settings, original_inference_steps=TEACHER_STEPS)
+        pipeline.scheduler = LCMScheduler(**settings, original_inference_steps=SCHEDULE_STEPS)
         return pipeline

@@ -20,14 +20,14 @@ from config import Config
 from dataset import encode_scenes
 from diffusion import DiffusionTask
 from inpainting import InpaintingTask, holes, widened
-from lcm import LcmTask
+from lcm import LcmTask, walk_paths
 from loop import Workers, train
 from lora import LoraTask
 from render import Renderer, pixel_art
 from world import load
 
 VAE_RATE, DECODER_RATE, UNET_RATE = 2e-3, 1e-3, 1e-3
-VARIANT_RATES = {"inpainting": 5e-4, "lcm": 1e-3, "pixel-art": 2e-3}
+VARIANT_RATES = {"inpainting": 5e-4, "lcm": 5e-4, "pixel-art": 2e-3}
 PREVIEW_PROMPTS = [
     *("a red heart", "a pizza", "a cat", "a rocket", "a panda", "a sunflower"),
     *("a house", "a turtle", "a robot", "a banana", "a ghost", "a crown"),
@@ -64,7 +64,8 @@ def main() -> None:
         examples = encode_scenes("holes", run, config, workers, whole, hole=holes(config.size))
         task = InpaintingTask(widened(whole), config, examples, rows, PREVIEW_PROMPTS)
     elif args.variant == "lcm":
-        task = LcmTask(whole, examples, rows, PREVIEW_PROMPTS)
+        paths = walk_paths(run, config, workers, whole, examples)
+        task = LcmTask(whole, paths, rows, PREVIEW_PROMPTS)
     elif args.variant == "pixel-art":
         examples = encode_scenes("pixel-art", run, config, workers, whole, style=pixel_art)
         task = LoraTask(whole, examples, rows, PREVIEW_PROMPTS)
