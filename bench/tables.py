@@ -64,7 +64,7 @@ def _quality(records: Iterable[Record]) -> str:
         "one emoji",
         "both of a pair",
         "background",
-        "autoencoder",
+        "distance",
     )
     rows = {}
     for record in records:
@@ -76,7 +76,7 @@ def _quality(records: Iterable[Record]) -> str:
                 str(settings["steps"]),
                 "off" if settings["guidance_scale"] <= 1 else f"{settings['guidance_scale']:g}",
                 *(f"{percent:g} %" for percent in percents),
-                f"{quality['reconstruction_psnr_db']:.1f} dB",
+                f"{quality['distance']:.1f}",
             )
     return _table(head, rows.values())
 
@@ -90,12 +90,13 @@ def _settings(records: Iterable[Record]) -> str:
         (
             result["varied"],
             result["value"],
-            f"{result['top1_percent']:g} %",
+            f"{result['right_percent']:g} %",
+            f"{result['distance']:.1f}",
             f"{result['psnr_db']:g} dB" if result["psnr_db"] else "",
         )
         for result in (compared[-1] if compared else ())
     ]
-    return _table(("varied", "value", "all right", "PSNR to fp32"), rows)
+    return _table(("varied", "value", "all right", "distance", "PSNR to fp32"), rows)
 
 
 def _inpainting(records: Iterable[Record]) -> str:

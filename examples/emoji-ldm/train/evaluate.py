@@ -17,11 +17,14 @@ from PIL import Image
 
 import rt
 from autoencoder import psnr, to_bytes, to_signed
-from judge import Judge, Verdict, held_out
+from judge import Judge, Verdict, distance, held_out
 from render import Renderer
 from rt.bench.record import publish
 from rt.sheet import sheet
 from world import Scene, concepts
+
+SHOWN = 30
+"""Pictures on a sheet. The worst are those that are wrong, then those farthest from the font's glyphs."""
 
 
 @torch.no_grad()
@@ -96,6 +99,7 @@ def main() -> None:
             "single_percent": part([v.concepts_right for v in singles]),
             "pair_percent": part([v.concepts_right for v in pairs]),
             "background_percent": part([v.colour == v.scene.colour for v in coloured]),
+            "distance": distance([*plain, *singles, *pairs]),
         },
         "concepts": len(emoji),
         "prompts": {
@@ -106,16 +110,14 @@ def main() -> None:
         },
     }
     if args.records:
-        publish(f"quality {figures['model']}", figures, args.records)
+        publish(f"quality {figures['model']} {args.steps} steps", figures, args.records)
     args.out.mkdir(parents=True, exist_ok=True)
     everything = [*plain, *singles, *pairs]
-    right, wrong = ([v for v in everything if v.right == wanted] for wanted in (True, False))
-    for name, verdicts in (("right.png", right), ("wrong.png", wrong)):
-        if verdicts:
-            chosen = rng.permutation(len(verdicts))[:32]
-            shown = [verdicts[i] for i in sorted(chosen)]
-            pictures = [Image.fromarray(verdict.picture) for verdict in shown]
-            sheet(pictures, [str(verdict) for verdict in shown]).save(args.out / name)
+    drawn_by_lot = [everything[i] for i in sorted(rng.choice(len(everything), SHOWN, replace=False))]
+    worst = sorted(everything, key=lambda verdict: (verdict.right, -verdict.distance))[:SHOWN]
+    for name, shown in (("by-lot.png", drawn_by_lot), ("worst.png", worst)):
+        pictures = [Image.fromarray(verdict.picture) for verdict in shown]
+        sheet(pictures, [str(verdict) for verdict in shown]).save(args.out / name)
     print(json.dumps(figures, indent=2))
 
 

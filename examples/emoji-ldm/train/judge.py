@@ -27,12 +27,16 @@ MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture of `scene` shows: the nearest emoji at each of its places, and the nearest background."""
+    """What a picture of `scene` shows: the nearest emoji at each of its places, and the nearest background.
+
+    `distance` is how far the picture is from the glyphs that were found, in mean squared levels of 255.
+    """
 
     scene: Scene
     picture: np.ndarray
     found: tuple[Emoji, ...]
     colour: str
+    distance: float
 
     @property
     def concepts_right(self) -> bool:
@@ -64,16 +68,17 @@ class Judge:
         border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
         background = np.median(border, axis=0)
         distances = {name: np.square(np.subtract(rgb, background)).sum() for name, rgb in COLOURS.items()}
-        found = tuple(self._nearest(picture, placed, background) for placed in scene.placed)
-        return Verdict(scene, picture, found, min(distances, key=distances.__getitem__))
+        nearest = [self._nearest(picture, placed, background) for placed in scene.placed]
+        found, errors = zip(*nearest, strict=True)
+        return Verdict(scene, picture, found, min(distances, key=distances.__getitem__), max(errors))
 
-    def _nearest(self, picture: np.ndarray, placed: Placed, background: np.ndarray) -> Emoji:
+    def _nearest(self, picture: np.ndarray, placed: Placed, background: np.ndarray) -> tuple[Emoji, float]:
         rows, columns = self._box(placed)
         seen = _reduced(picture[rows, columns].astype(np.float32), self._pixel)
         alpha, premultiplied, owner = self._templates(placed.centre, placed.side)
         expected = premultiplied + (1 - alpha) * background.astype(np.float32)
         errors = np.square(expected - seen).mean(axis=(1, 2, 3))
-        return self._emoji[owner[errors.argmin()]]
+        return self._emoji[owner[errors.argmin()]], float(errors.min())
 
     def _box(self, placed: Placed) -> tuple[slice, slice]:
         reach = placed.side / 2 + MARGIN
@@ -104,6 +109,11 @@ class Judge:
                 colours.append(_reduced(pixels[..., :3] * alpha, self._pixel))
                 owner.append(index)
         return np.stack(alphas), np.stack(colours), np.array(owner)
+
+
+def distance(verdicts: list[Verdict]) -> float:
+    """How far pictures are from the font's glyphs, root mean square in levels of 255."""
+    return round(float(np.sqrt(np.mean([verdict.distance for verdict in verdicts]))), 2)
 
 
 def _reduced(pixels: np.ndarray, by: int) -> np.ndarray:
