@@ -54,7 +54,7 @@ def fill(engine: Engine, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for name, buffer in engine.inputs.items():
         if name == "tokens":
-            buffer[...] = rng.integers(0, 2000, buffer.shape)
+            buffer[...] = rng.integers(0, 500, buffer.shape)
             buffer[..., -1] = 2311  # the pooled state is read at an end of text
         else:
             buffer[...] = (

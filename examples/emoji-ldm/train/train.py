@@ -81,9 +81,13 @@ def main() -> None:
 
 
 def complete(folder: Path, run: Path, config: Config) -> None:
-    """Add what diffusers does not write: the tokenizer in CLIP's files, and the names of what can be drawn."""
+    """Put right what diffusers writes: the tokenizer in CLIP's files, one dtype, the names of what can be drawn."""
     shutil.rmtree(folder / "tokenizer")  # transformers' own format, which few other programs read
     shutil.copytree(run / "tokenizer", folder / "tokenizer")
+    # transformers loads a model as its config says, diffusers as float32: the two must agree.
+    settings = folder / "text_encoder" / "config.json"
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
     names = [emoji.name for emoji in load(config.emoji)]
     (folder / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
 
