@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -19,6 +20,10 @@ from rt.errors import BackendError, BackendUnavailableError, ConfigError
 
 NAMES = list(BACKENDS)
 INSTALL = {"openvino": 'pip install "openvino>=', "onnxruntime": 'pip install "onnxruntime>='}
+
+
+VOCABULARY = Path(__file__).parents[2] / "examples" / "emoji-ldm" / "tokenizer" / "vocab.json"
+END = max(json.loads(VOCABULARY.read_text(encoding="utf-8")).values())
 
 
 @pytest.fixture
@@ -54,8 +59,8 @@ def fill(engine: Engine, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for name, buffer in engine.inputs.items():
         if name == "tokens":
-            buffer[...] = rng.integers(0, 500, buffer.shape)
-            buffer[..., -1] = 2311  # the pooled state is read at an end of text
+            buffer[...] = rng.integers(0, END, buffer.shape)
+            buffer[..., -1] = END  # the pooled state is read at an end of text
         else:
             buffer[...] = (
                 rng.integers(1, 999, buffer.shape) if name == "timestep" else rng.normal(size=buffer.shape)
