@@ -6,7 +6,6 @@ A table shows the newest record of each kind; a document has it between two mark
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,9 @@ def update(root: Path = ROOT, results: Path = RESULTS) -> None:
         text = (root / document).read_text()
         for name, table in named.items():
             begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-            marked = f"{begin}\n{table}\n{end}"
-            text = re.sub(f"{begin}.*{end}", lambda _, marked=marked: marked, text, flags=re.DOTALL)
+            before, _, rest = text.partition(begin)
+            _, _, after = rest.partition(end)
+            text = f"{before}{begin}\n{table}\n{end}{after}"
         (root / document).write_text(text)
 
 
