@@ -79,7 +79,7 @@ def test_demo_equals_libraries(demo: Path) -> None:
     assert_same_as_libraries(checkpoint, demo)
     spec = checkpoint.spec
     assert (spec.vae_scale_factor, spec.sample_size, spec.max_tokens, spec.context_size) == (4, 16, 16, 192)
-    assert spec.scaling_factor == 1.04642
+    assert spec.scaling_factor == 1.0
     assert spec.scheduler["prediction_type"] == "v_prediction"
     assert checkpoint.licence == "LICENSE.md"
     assert checkpoint.tokenizer(Component.TEXT_ENCODER)("a red heart").ids.shape == (16,)
