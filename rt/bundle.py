@@ -27,7 +27,7 @@ from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile, TensorSpec
 
 FORMAT = "rt-bundle"
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 _NO_DIGEST = b'"digest": "' + b"0" * 64 + b'"'
@@ -39,6 +39,41 @@ class FileRecord:
 
     sha256: str
     size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassRecord:
+    """A rewrite of a graph, with what one run cost before and after it.
+
+    Attributes:
+        name: Of the pass.
+        nodes: Operations.
+        flops: Of products, two a multiply-add.
+        bytes: Read and written by an engine that fuses nothing.
+    """
+
+    name: str
+    nodes: tuple[int, int]
+    flops: tuple[int, int]
+    bytes: tuple[int, int]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PassRecord:
+        """From the manifest."""
+        return cls(**{key: value if key == "name" else tuple(value) for key, value in data.items()})
+
+    def __str__(self) -> str:
+        """Such as `sink: 1,073 → 1,079 nodes, 803.9 → 755.1 GFLOP, 5.12 → 4.80 GB`; what is the same stands once."""
+        amounts = (
+            _change([f"{count:,}" for count in self.nodes]) + " nodes",
+            _change([f"{count / 1e9:.4g}" for count in self.flops]) + " GFLOP",
+            _change([f"{count / 1e9:.3g}" for count in self.bytes]) + " GB",
+        )
+        return f"{self.name}: {', '.join(amounts)}"
+
+
+def _change(amounts: list[str]) -> str:
+    return " → ".join(dict.fromkeys(amounts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +94,7 @@ class EngineRecord:
         error: Relative L2 distance from torch in fp32, per output, measured at the build.
         verified_with: Backend and arithmetic of that measurement, such as "openvino f32".
         islands: Operators kept in fp32 in a half-precision graph, with how many and why.
+        passes: What rewrote the graph, in order.
     """
 
     name: str
@@ -74,6 +110,7 @@ class EngineRecord:
     error: Mapping[str, float]
     verified_with: str
     islands: tuple[str, ...]
+    passes: tuple[PassRecord, ...]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:
@@ -87,6 +124,7 @@ class EngineRecord:
                 "inputs": tuple(TensorSpec.from_json(spec) for spec in data["inputs"]),
                 "outputs": tuple(TensorSpec.from_json(spec) for spec in data["outputs"]),
                 "islands": tuple(data["islands"]),
+                "passes": tuple(PassRecord.from_json(record) for record in data["passes"]),
             }
         )
 

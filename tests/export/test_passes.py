@@ -17,7 +17,7 @@ from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
 from rt.export.passes.cast import cast
 from rt.export.passes.simplify import simplify
-from rt.export.trace import Program
+from rt.export.program import Program
 from rt.model import Component
 
 aten = torch.ops.aten

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rt.export.checkpoint import Checkpoint, open_checkpoint
-from rt.export.trace import Program, trace
+from rt.export.program import Program
+from rt.export.trace import trace
 from rt.model import Component, Family
 from rt.shapes import ShapeProfile
 
