@@ -36,9 +36,9 @@ from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import observe
 from rt.export.passes.cast import cast
+from rt.export.program import Program
 from rt.export.staging import staged
 from rt.export.trace import trace
-from rt.export.program import Program
 from rt.export.weights import one_line
 from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress

@@ -103,7 +103,9 @@ def trace(
 
 def _text_inputs(encoder: Any, spec: ModelSpec) -> dict[str, Tensor]:
     config = encoder.config
-    tokens = torch.randint(0, config.vocab_size, (1, spec.max_tokens), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, config.vocab_size, (1, spec.max_tokens), generator=torch.Generator().manual_seed(0)
+    )
     # The pooled embedding is read at the end-of-text token, so a sequence without one is not a prompt.
     tokens[0, spec.max_tokens // 2 :] = config.eos_token_id
     return {"tokens": tokens}

@@ -82,7 +82,12 @@ def trace_unet(
 
 
 def trace_step(
-    module: nn.Module, spec: ModelSpec, profile: ShapeProfile, text: Mapping[str, Tensor], *, guided: bool = False
+    module: nn.Module,
+    spec: ModelSpec,
+    profile: ShapeProfile,
+    text: Mapping[str, Tensor],
+    *,
+    guided: bool = False,
 ) -> Program:
     """The whole U-Net, with everything that it depends on as an input."""
     return trace_program(
@@ -117,7 +122,7 @@ def split_step(step: Program) -> tuple[Program, Program]:
     return (
         replace(step, module=full, outputs=(*step.outputs, "deep")),
         replace(
-            step.rewritten("shallow", lambda module: shallow),
+            replace(step, passes=()).rewritten("shallow", lambda module: shallow),
             name=_name(Component.UNET_SHALLOW, step.profile, step.guided),
             component=Component.UNET_SHALLOW,
             inputs={name: {**step.inputs, "deep": deep}[name] for name in reads},
@@ -169,7 +174,11 @@ def _inputs(
 
     def of_text(name: str, *shape: int) -> Tensor:
         """(rows, *shape): the given text, rolled by a place a row so that no two rows are alike."""
-        return torch.cat([text[name].roll(row, 1) for row in range(rows)]) if name in text else randn(rows, *shape)
+        return (
+            torch.cat([text[name].roll(row, 1) for row in range(rows)])
+            if name in text
+            else randn(rows, *shape)
+        )
 
     inputs = {
         "latents": randn(pictures, *shape),

@@ -60,7 +60,8 @@ class PassRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PassRecord:
         """From the manifest."""
-        return cls(**{key: value if key == "name" else tuple(value) for key, value in data.items()})
+        amounts: dict[str, tuple[int, int]] = {key: tuple(data[key]) for key in ("nodes", "flops", "bytes")}
+        return cls(name=data["name"], **amounts)
 
     def __str__(self) -> str:
         """Such as `sink: 1,073 → 1,079 nodes, 803.9 → 755.1 GFLOP, 5.12 → 4.80 GB`; what is the same stands once."""
@@ -212,7 +213,7 @@ class Manifest:
 
         Raises:
             BundleError: When it is not the manifest of a bundle.
-            IncompatibleBundleError: When a newer rt wrote it.
+            IncompatibleBundleError: When an rt of another schema wrote it.
             IntegrityError: When a byte of it has changed.
         """
         try:
@@ -230,9 +231,10 @@ class Manifest:
         ):
             raise IntegrityError(f"{path} is damaged: its sha256 differs; build or copy the bundle again")
         # Every later schema keeps the digest, so that a damaged byte is never taken for a newer version.
-        if not isinstance(body.get("schema"), int) or body["schema"] > SCHEMA:
+        if body.get("schema") != SCHEMA:
             raise IncompatibleBundleError(
-                f"{path} has schema {body.get('schema')!r}; this rt reads up to {SCHEMA}. Upgrade rt or build it again"
+                f"{path} has schema {body.get('schema')!r}, and this rt reads {SCHEMA}: build it again, or use "
+                f"the rt that built it"
             )
         try:
             return cls(

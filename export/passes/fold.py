@@ -27,7 +27,9 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
                 constant[node] = result
         elif node.op == "call_function" and _changes_nothing(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
-    made = [node for node in constant if node.op == "call_function" and not set(node.users) <= constant.keys()]
+    made = [
+        node for node in constant if node.op == "call_function" and not set(node.users) <= constant.keys()
+    ]
     for index, node in enumerate(made):
         name = f"folded_{index}"
         module.register_buffer(name, constant[node])

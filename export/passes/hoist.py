@@ -21,7 +21,9 @@ from rt.export.passes.sink import repeated
 aten = torch.ops.aten
 
 
-def hoist(module: fx.GraphModule, sources: Collection[str], name: str) -> tuple[fx.GraphModule, fx.GraphModule]:
+def hoist(
+    module: fx.GraphModule, sources: Collection[str], name: str
+) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split `module` into early and late, with late(*early(sources), other inputs) = module(all inputs).
 
     Args:
@@ -31,7 +33,9 @@ def hoist(module: fx.GraphModule, sources: Collection[str], name: str) -> tuple[
     """
     reads = inputs_of(module)
     hoisted = [
-        node for node, inputs in reads.items() if node.op == "call_function" and inputs and inputs <= {*sources}
+        node
+        for node, inputs in reads.items()
+        if node.op == "call_function" and inputs and inputs <= {*sources}
     ]
     for node in reversed(hoisted.copy()):
         # A repeat stays with what needs it: otherwise every row would cross twice.

@@ -38,4 +38,6 @@ def module_of(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 
 
 def _fake(node: fx.Node, mode: Any) -> Any:
-    return mode.from_tensor(attribute(node), static_shapes=True) if node.op == "get_attr" else node.meta["val"]
+    return (
+        mode.from_tensor(attribute(node), static_shapes=True) if node.op == "get_attr" else node.meta["val"]
+    )

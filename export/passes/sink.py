@@ -87,8 +87,9 @@ def sink(module: fx.GraphModule) -> fx.GraphModule:
             half[node].meta = {k: v for k, v in node.meta.items() if k != "val"}
         else:
             # One row meets two as it is: operations between elements repeat it themselves.
-            single = _single_rows(node, half)
-            whole[node] = graph.node_copy(node, lambda n: half[n] if n in single else all_rows(n))
+            for read in {*node.all_input_nodes} - _single_rows(node, half):
+                all_rows(read)
+            whole[node] = graph.node_copy(node, lambda n: whole[n] if n in whole else half[n])
     return module_of(module, graph)
 
 
