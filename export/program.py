@@ -72,7 +72,7 @@ def trace_program(
             component=component,
             profile=profile,
             guided=guided,
-            module=exported.module(check_guards=False),  # type: ignore[arg-type]  # it is a GraphModule
+            module=exported.module(check_guards=False),
             inputs=inputs,
             outputs=outputs,
         )

@@ -113,11 +113,12 @@ def check_step_cache(step_cache: object, *, built: bool) -> int:
         raise ConfigError(
             f"step_cache is {step_cache!r}; it must be a whole number of at least 1, where 1 turns it off"
         )
-    if step_cache > 1 and not built:
+    steps = int(step_cache)
+    if steps > 1 and not built:
         raise ConfigError(
-            f"step_cache is {step_cache}, but this bundle has no shallow steps; build it again with --step-cache"
+            f"step_cache is {steps}, but this bundle has no shallow steps; build it again with --step-cache"
         )
-    return int(step_cache)
+    return steps
 
 
 def check_output_type(output_type: str) -> None:

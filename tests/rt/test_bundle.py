@@ -11,11 +11,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from rt.bundle import MANIFEST, SCHEMA, Bundle, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
+from rt.bundle import (
+    MANIFEST,
+    SCHEMA,
+    Bundle,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    PassRecord,
+    SourceRecord,
+    hash_file,
+)
 from rt.config import BuildConfig, DType
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
 from rt.model import Component, Family, ModelSpec
@@ -47,9 +56,16 @@ def make_manifest(files: dict[str, FileRecord]) -> Manifest:
         error={"prediction": 1.25e-6},
         verified_with="openvino f32",
         islands=("3 group_norm: sums over many elements",),
+        passes=(PassRecord(name="sink", nodes=(1283, 1270), flops=(1_607, 1_565), bytes=(5, 5)),),
     )
     text = replace(
-        engine, name="text", component=Component.TEXT_ENCODER, profile=None, guided=False, islands=()
+        engine,
+        name="text",
+        component=Component.TEXT_ENCODER,
+        profile=None,
+        guided=False,
+        islands=(),
+        passes=(),
     )
     return Manifest(
         created="2026-01-02T03:04:05+00:00",
