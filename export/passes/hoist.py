@@ -32,18 +32,18 @@ def hoist(
         name: Of what crosses: early's outputs in order, late's inputs `name_0`, `name_1` … in place of the sources.
     """
     reads = inputs_of(module)
-    hoisted = [
+    early = {
         node
         for node, inputs in reads.items()
         if node.op == "call_function" and inputs and inputs <= {*sources}
-    ]
-    for node in reversed(hoisted.copy()):
+    }
+    for node in reversed(module.graph.nodes):
         # A repeat stays with what needs it: otherwise every row would cross twice.
-        if repeated(node) is not None and not any(user in hoisted for user in node.users):
-            hoisted.remove(node)
-    early = {*hoisted}
-    crossing = [node for node in hoisted if any(user not in early for user in node.users)]
-    return _early(module, sources, crossing, early), _late(module, sources, name, crossing)
+        if node in early and repeated(node) is not None and early.isdisjoint(node.users):
+            early.remove(node)
+    crossing = [node for node in module.graph.nodes if node in early and not early.issuperset(node.users)]
+    constant = {node for node, inputs in reads.items() if not inputs and node.op != "output"}
+    return _early(module, sources, crossing, early | constant), _late(module, sources, name, crossing)
 
 
 def inputs_of(module: fx.GraphModule) -> dict[fx.Node, set[str]]:
@@ -61,7 +61,7 @@ def _early(
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
-        if node in early or node.op == "get_attr" or (node.op == "placeholder" and node.target in sources):
+        if node in early or (node.op == "placeholder" and node.target in sources):
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in crossing))
     return module_of(module, graph)

@@ -10,7 +10,7 @@ from rt.samplers import Schedule, Scheduler, shorten
 
 
 def schedule(steps: int = 10) -> Schedule:
-    return Scheduler.from_config({"_class_name": "DDIMScheduler"}).schedule(steps)
+    return Scheduler.from_config({"_class_name": "DDIMScheduler"}, "ddim").schedule(steps)
 
 
 def marks(column: np.ndarray) -> str:
