@@ -300,13 +300,13 @@ def test_a_graph_with_two_weights_swapped_is_found(tmp_path: Path, monkeypatch: 
 
     def swap(program: Any, module: nn.Module, *rest: Any) -> None:
         square = [weight for weight in module.parameters() if weight.shape == (32, 32)]
-        if program.component is Component.UNET:
+        if program.component is Component.UNET_CONTEXT:
             square[0].data, square[1].data = square[1].data, square[0].data
         lower(program, module, *rest)
 
     monkeypatch.setattr(build_module, "lower", swap)
     with pytest.raises(
-        AccuracyError, match=r"^unet-1x16x16-guided: output 'prediction' is .* away from torch"
+        AccuracyError, match=r"^unet_context: output 'context_0' is .* away from torch"
     ) as error:
         build(toy(), tmp_path / "bundle", config())
     assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
