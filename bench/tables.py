@@ -26,6 +26,7 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
             "quality": _quality(records),
             "settings": _settings(records),
             "inpainting": _inpainting(records),
+            "shortcuts": _shortcuts(records),
         },
     }
 
@@ -97,6 +98,24 @@ def _settings(records: Iterable[Record]) -> str:
         for result in (compared[-1] if compared else ())
     ]
     return _table(("varied", "value", "all right", "distance", "PSNR to fp32"), rows)
+
+
+def _shortcuts(records: Iterable[Record]) -> str:
+    """What step caching and guidance intervals cost and save on the demo model."""
+    head = ("full steps", "guided part", "all right", "distance", "PSNR to the full run", "loop")
+    measured = [r["shortcuts"] for r in records if "shortcuts" in r and r["model"] == DEMO]
+    rows = [
+        (
+            f"1 in {result['step_cache']}" if "step_cache" in result else "all",
+            " to ".join(f"{part:g}" for part in result.get("guidance_interval", ())) or "all",
+            f"{result['right_percent']:g} %",
+            f"{result['distance']:.1f}",
+            f"{result['psnr_db']:g} dB" if result["psnr_db"] else "",
+            f"{_time(result['loop_s'])}, {result['speedup']:.2f}×",
+        )
+        for result in (measured[-1] if measured else ())
+    ]
+    return _table(head, rows)
 
 
 def _inpainting(records: Iterable[Record]) -> str:

@@ -36,8 +36,9 @@ from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import observe
 from rt.export.passes.cast import cast
+from rt.export.program import Program
 from rt.export.staging import staged
-from rt.export.trace import Program, trace
+from rt.export.trace import trace
 from rt.export.weights import one_line
 from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress
@@ -176,7 +177,9 @@ def _lower_all(
     weights = f"engines/{component.value}.weights"
     with WeightFile(stage / weights) as store:
         text = _text(stage, checkpoint.spec) if component is Component.UNET else {}
-        for program in trace(component, module, checkpoint.spec, config.profiles, text):
+        for program in trace(
+            component, module, checkpoint.spec, config.profiles, text, step_cache=config.step_cache
+        ):
             file, reference = f"engines/{program.name}.onnx", f"reference/{program.name}.npz"
             with _step(bar, f"{program.name}: run in torch"):
                 seen = observe(program)
@@ -206,6 +209,7 @@ def _lower_all(
                 error={},
                 verified_with="",
                 islands=islands,
+                passes=program.passes,
             )
 
 
@@ -232,7 +236,8 @@ def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
     halves = sum(
         component in (Component.VAE_ENCODER, Component.VAE_DECODER) for component in checkpoint.components
     )
-    programs = len(checkpoint.spec.text_encoders) + 1 + 2 * len(config.profiles) + halves * len(sizes)
+    steps = 2 * len(config.profiles) * (2 if config.step_cache else 1)
+    programs = len(checkpoint.spec.text_encoders) + 2 + steps + halves * len(sizes)
     return len(checkpoint.components) + 3 * programs + 1
 
 

@@ -16,7 +16,7 @@ import torch
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
-from rt.export.trace import Program
+from rt.export.program import Program
 
 # The newest that every engine we target reads whole: GroupNormalization and Gelu stay single operators,
 # attention becomes MatMul and Softmax, which they fuse themselves.
