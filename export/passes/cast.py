@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from rt.config import DType
 from rt.export.observe import Observation
+from rt.export.operators import HALVES
 
 aten = torch.ops.aten
 TORCH_DTYPE = {DType.FP32: torch.float32, DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
@@ -101,7 +102,10 @@ class _CastInterpreter(fx.Interpreter):
         if name in policy.islands:
             result = super().call_function(target, *_to(torch.float32, (args, kwargs)))
             return result if name in policy.wide else _to(policy.format, result)
-        if target in _PRODUCTS or policy.format in _dtypes((args, kwargs)):
+        if target in HALVES:
+            count = HALVES[target]
+            args = (*_to(policy.format, args[:count]), *args[count:])
+        elif target in _PRODUCTS or policy.format in _dtypes((args, kwargs)):
             args, kwargs = _to(policy.format, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
@@ -122,7 +126,10 @@ def _dtypes(tree: Any) -> set[torch.dtype]:
 def _weight(module: fx.GraphModule, node: fx.Node, half: torch.dtype, islands: set[str]) -> Any:
     """A weight in half, unless fp32 is all that reads it; the sinusoid's constants follow the timestep."""
     value = _attribute(module, str(node.target))
-    if not isinstance(value, nn.Parameter) or all(user.name in islands for user in node.users):
+    wide = all(
+        user.name in islands or node in user.args[HALVES.get(user.target, len(user.args)) :] for user in node.users
+    )
+    if not isinstance(value, nn.Parameter) or wide:
         return value
     return nn.Parameter(value.to(half), requires_grad=False)
 

@@ -22,14 +22,10 @@ const bf16* read(const TensorVector& inputs, std::size_t index) {
 }
 bf16* write(TensorVector& outputs) { return static_cast<bf16*>(static_cast<void*>(outputs[0].data())); }
 
-std::vector<float> widened(const ov::Tensor& tensor) {
-  const bf16* values = static_cast<const bf16*>(static_cast<const void*>(tensor.data()));
-  std::vector<float> wide(tensor.get_size());
-  for (std::size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(values[i]);
-  return wide;
-}
+const float* read_floats(const TensorVector& inputs, std::size_t index) { return inputs[index].data<float>(); }
 
-// What every operator has in common; `Self` gives its checks and its arithmetic.
+// What every operator has in common. `Self` gives the arithmetic, and how many of the first inputs are bf16: the others,
+// parameters of norms and biases, are f32.
 template <class Self>
 class Operator : public ov::op::Op {
  public:
@@ -44,9 +40,11 @@ class Operator : public ov::op::Op {
   }
   bool has_evaluate() const override { return true; }
   void validate_and_infer_types() override {
-    for (std::size_t i = 0; i < get_input_size(); ++i)
-      NODE_VALIDATION_CHECK(this, get_input_element_type(i) == ov::element::bf16, "input ", i, " is ",
-                            get_input_element_type(i), "; this kernel computes bf16");
+    for (std::size_t i = 0; i < get_input_size(); ++i) {
+      const ov::element::Type wanted = i < Self::kHalves ? ov::element::bf16 : ov::element::f32;
+      NODE_VALIDATION_CHECK(this, get_input_element_type(i) == wanted, "input ", i, " is ", get_input_element_type(i),
+                            "; this kernel takes ", wanted);
+    }
     set_output_type(0, ov::element::bf16, result());
   }
   bool evaluate(TensorVector& outputs, const TensorVector& inputs) const override {
@@ -65,6 +63,7 @@ class Attention : public Operator<Attention> {
  public:
   OPENVINO_OP("Attention", "rt");
   using Operator::Operator;
+  static constexpr std::size_t kHalves = 3;
   std::int64_t heads = 1;
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
     visitor.on_attribute("heads", heads);
@@ -84,6 +83,7 @@ class GroupNorm : public Operator<GroupNorm> {
  public:
   OPENVINO_OP("GroupNorm", "rt");
   using Operator::Operator;
+  static constexpr std::size_t kHalves = 1;
   std::int64_t groups = 32, silu = 0;
   float epsilon = 1e-5f;
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
@@ -98,7 +98,7 @@ class GroupNorm : public Operator<GroupNorm> {
     const auto& x = inputs[0].get_shape();
     const std::size_t pixels = inputs[0].get_size() / x.front() / x.back();
     kernels().group_norm({x.front(), pixels, x.back(), std::size_t(groups), epsilon, silu != 0}, read(inputs, 0),
-                         widened(inputs[1]).data(), widened(inputs[2]).data(), write(outputs));
+                         read_floats(inputs, 1), read_floats(inputs, 2), write(outputs));
   }
 };
 
@@ -107,6 +107,7 @@ class Geglu : public Operator<Geglu> {
  public:
   OPENVINO_OP("Geglu", "rt");
   using Operator::Operator;
+  static constexpr std::size_t kHalves = 1;
   bool visit_attributes(ov::AttributeVisitor&) override { return true; }
 
  protected:
@@ -126,6 +127,7 @@ class Convolution : public Operator<Convolution> {
  public:
   OPENVINO_OP("Convolution", "rt");
   using Operator::Operator;
+  static constexpr std::size_t kHalves = 2;
   bool visit_attributes(ov::AttributeVisitor&) override { return true; }
 
  protected:
@@ -136,11 +138,8 @@ class Convolution : public Operator<Convolution> {
   }
   void run(TensorVector& outputs, const TensorVector& inputs) const override {
     const auto &x = inputs[0].get_shape(), &weight = inputs[1].get_shape();
-    std::call_once(packed_->once, [&] {
-      packed_->filter = kernels().pack(weight[1], weight[0], read(inputs, 1));
-      packed_->bias = widened(inputs[2]);
-    });
-    kernels().convolve({x[0], x[1], x[2], x[3], weight[0]}, read(inputs, 0), packed_->filter, packed_->bias.data(),
+    std::call_once(packed_->once, [&] { packed_->filter = kernels().pack(weight[1], weight[0], read(inputs, 1)); });
+    kernels().convolve({x[0], x[1], x[2], x[3], weight[0]}, read(inputs, 0), packed_->filter, read_floats(inputs, 2),
                        write(outputs));
   }
 
@@ -149,7 +148,6 @@ class Convolution : public Operator<Convolution> {
   struct Packed {
     std::once_flag once;
     PackedFilter filter;
-    std::vector<float> bias;
   };
   std::shared_ptr<Packed> packed_ = std::make_shared<Packed>();
 };
