@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -158,7 +159,7 @@ def compare(
     logs.mkdir(parents=True, exist_ok=True)
 
     def start(candidate: Candidate) -> Remote:
-        return Remote(candidate.name, logs / f"{candidate.name.replace(' ', '-').replace('/', '-')}.log")
+        return Remote(candidate.name, logs / f"{re.sub(r'[^a-z0-9]+', '-', candidate.name.lower())}.log")
 
     rows: list[Row] = []
     yardsticks: list[tuple[float, ...]] = []

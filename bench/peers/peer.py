@@ -21,7 +21,7 @@ MEASURES: Mapping[str, str] = {
     PICTURE: "picture",
     STEP: "step of the loop",
 }
-"""What is timed, each with what it is called. All but `STEP`, which is taken inside `PICTURE`, are methods of a peer."""
+"""What is timed, each with what it is called. `STEP` is taken inside `PICTURE`; the others are methods of a peer."""
 
 GUIDANCE_SCALE = 7.5
 
