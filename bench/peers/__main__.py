@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from rt.backends import cpu_count
-from rt.bench.peers.candidate import ANCHOR, PEERS, choose, group, ours
+from rt.bench.peers.candidate import ANCHOR, PEERS, choose, group, variant
 from rt.bench.peers.checkpoint import diffusers_folder, weights_gib
 from rt.bench.peers.compare import Plan, compare
 from rt.bench.peers.comparison import Comparison
@@ -75,7 +75,7 @@ def command(
 ) -> None:
     """Compare programs that run MODEL, a diffusers folder or synthetic:NAME."""
     try:
-        candidates = choose([*map(ours, variants), *PEERS], only, skip)
+        candidates = choose([*map(variant, variants), *PEERS], only, skip)
         name = Path(model).name
         work = work.absolute() / name.replace(":", "-")
         checkpoint = diffusers_folder(model, work).absolute()
@@ -102,7 +102,8 @@ def command(
         rows=tuple(rows),
         absent=absent,
     )
-    path = publish(f"peers {name}", {"peers": comparison.to_json()}, out)
+    measured = [*(["parts"] if rounds else []), *([f"{steps}-step pictures"] if pictures else [])]
+    path = publish(" ".join(["peers", name, *measured, *only]), {"peers": comparison.to_json()}, out)
     click.echo("\n".join([*lines(json.loads(path.read_text())), "", str(path)]))
 
 

@@ -79,7 +79,7 @@ class ByHand:
                 "timestep": np.array([int(timestep)]),
                 "encoder_hidden_states": context,
             }
-            uncond, cond = torch.from_numpy(self._unet(arrays)).split(1)
+            uncond, cond = torch.from_numpy(self._unet(arrays)).chunk(2)
             guided = uncond + GUIDANCE_SCALE * (cond - uncond)
             latents = self._scheduler.step(guided, timestep, latents).prev_sample
         step_s = (time.perf_counter() - started) / inputs.steps
@@ -91,4 +91,5 @@ class ByHand:
         tokens = self._tokenizer(
             prompt, padding="max_length", truncation=True, max_length=length, return_tensors="np"
         )
-        return self._text({"input_ids": tokens["input_ids"]}).copy()
+        states: Float32 = self._text({"input_ids": tokens["input_ids"]}).copy()
+        return states

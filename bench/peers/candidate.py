@@ -18,6 +18,7 @@ class Candidate:
         name: For people.
         peer: The module of this package that loads it.
         options: See that module's `load`.
+        exports: Whether that module has a `prepare`, which makes files once.
         extra: Of rt, with which its packages are installed.
         copies: Memory that it holds, as a multiple of the float32 weights; a little more than measured.
     """
@@ -25,8 +26,14 @@ class Candidate:
     name: str
     peer: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    exports: bool = False
     extra: str
     copies: float
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is rt."""
+        return self.peer == "bundle"
 
 
 REFERENCE = Candidate(
@@ -35,7 +42,12 @@ REFERENCE = Candidate(
 """What errors are measured from."""
 
 ANCHOR = Candidate(
-    name="OpenVINO bf16", peer="openvino_cpu", options={"precision": "bf16"}, extra="openvino", copies=1.9
+    name="OpenVINO bf16",
+    peer="openvino_cpu",
+    exports=True,
+    options={"precision": "bf16"},
+    extra="openvino",
+    copies=1.9,
 )
 """In every group; what ratios are taken to."""
 
@@ -45,22 +57,30 @@ PEERS: tuple[Candidate, ...] = (
     Candidate(
         name="torch.compile bf16", peer="inductor", options={"dtype": "bf16"}, extra="build", copies=1.4
     ),
-    Candidate(name="ONNX Runtime fp32", peer="onnxruntime_cpu", extra="onnxruntime", copies=2.2),
+    Candidate(
+        name="ONNX Runtime fp32", peer="onnxruntime_cpu", exports=True, extra="onnxruntime", copies=2.2
+    ),
     ANCHOR,
     Candidate(
         name="OpenVINO bf16, fp16 IR",
         peer="openvino_cpu",
+        exports=True,
         options={"precision": "bf16", "ir": True},
         extra="openvino",
         copies=1.3,
     ),
     Candidate(
-        name="openvino_genai bf16", peer="genai", options={"precision": "bf16"}, extra="peers", copies=1.3
+        name="openvino_genai bf16",
+        peer="genai",
+        exports=True,
+        options={"precision": "bf16"},
+        extra="peers",
+        copies=1.3,
     ),
 )
 
 
-def ours(text: str) -> Candidate:
+def variant(text: str) -> Candidate:
     """A candidate of ours from `NAME=BUNDLE[,KEYWORD=NUMBER...]`, the keywords those of `Pipeline.__call__`.
 
     Raises:

@@ -62,11 +62,8 @@ class Group:
         name = candidate.name
         setting = replace(setting, options=candidate.options)
         try:
-            maker = self._start(candidate)
-            try:
-                maker.ask("prepare", (candidate, setting))
-            finally:
-                maker.close()  # what exporting takes is not the candidate's memory
+            if candidate.exports:
+                self._export(candidate, setting)
             remote = self._remotes[name] = self._start(candidate)
             started = time.perf_counter()
             loaded = remote.ask("load", (candidate, setting))
@@ -81,6 +78,7 @@ class Group:
         self._seconds[name], self._outputs[name] = {}, {}
         self._rows[name] = Row(
             name=name,
+            ours=candidate.ours,
             group=self._number,
             versions=loaded["versions"],
             ready_s=ready_s,
@@ -130,6 +128,14 @@ class Group:
                 figures[measure] = Figure(samples=samples, ratio=ratio, error=error)
             rows.append(replace(row, steady_mib=self._remotes[name].ask("peak"), figures=figures))
         return rows
+
+    def _export(self, candidate: Candidate, setting: Setting) -> None:
+        """In a process that ends, since what exporting takes is not the candidate's memory."""
+        exporter = self._start(candidate)
+        try:
+            exporter.ask("prepare", (candidate, setting))
+        finally:
+            exporter.close()
 
     def _drop(self, name: str, error: BackendError) -> None:
         """Go on without it."""

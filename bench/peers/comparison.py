@@ -35,6 +35,7 @@ class Row:
 
     Attributes:
         name: Of the candidate.
+        ours: Whether it is a bundle of rt.
         group: Which of the groups it ran in, from 0.
         versions: Of the libraries that its process loaded.
         ready_s: Loading and the first call of each measure, compilers included.
@@ -44,6 +45,7 @@ class Row:
     """
 
     name: str
+    ours: bool
     group: int
     versions: Mapping[str, str]
     ready_s: float

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import openvino
-import openvino_genai
-import openvino_tokenizers
 import torch
 from diffusers import DDIMScheduler
 
+from rt.bench.peers.inputs import picture_size
 from rt.bench.peers.once import make_once
 from rt.bench.peers.onnx_graphs import PARTS, example_inputs, open_pipeline
 from rt.bench.peers.peer import (
@@ -55,7 +54,7 @@ class Genai:
                 inputs.prompt,
                 num_inference_steps=inputs.steps,
                 guidance_scale=GUIDANCE_SCALE,
-                generator=_Given(inputs.noise),
+                generator=_given(inputs.noise),
             ),
         )
         metrics = self._pipeline.get_performance_metrics()
@@ -66,16 +65,15 @@ class Genai:
         return Outcome(output=tensor.data[0].astype(np.float32) / 255, seconds={**seconds, **inside})
 
 
-class _Given(openvino_genai.Generator):  # type: ignore[misc]  # the package is not typed
-    """Noise that is given, where the library would draw it."""
+def _given(noise: Float32) -> Any:
+    """A generator that gives this noise, where the library would draw it."""
+    import openvino_genai
 
-    def __init__(self, noise: Float32) -> None:
-        super().__init__()
-        self._noise = noise
+    class Given(openvino_genai.Generator):  # type: ignore[misc]  # the package is not typed
+        def randn_tensor(self, shape: Any) -> Any:
+            return openvino.Tensor(noise.reshape(list(shape)))
 
-    def randn_tensor(self, shape: Any) -> Any:
-        """Named by the library."""
-        return openvino.Tensor(self._noise.reshape(list(shape)))
+    return Given()
 
 
 def prepare(setting: Setting) -> None:
@@ -85,8 +83,10 @@ def prepare(setting: Setting) -> None:
 
 def load(setting: Setting) -> Genai:
     """Options: `precision` as OpenVINO names it."""
+    import openvino_genai
+
     pipeline = openvino_genai.Text2ImagePipeline(_folder(setting))
-    side = _picture_size(setting.checkpoint)
+    side = picture_size(setting.checkpoint)
     pipeline.reshape(1, side, side, GUIDANCE_SCALE)
     pipeline.compile(
         "CPU",
@@ -97,14 +97,9 @@ def load(setting: Setting) -> Genai:
     return Genai(pipeline)
 
 
-def _picture_size(checkpoint: Path) -> int:
-    unet, vae = (json.loads((checkpoint / name / "config.json").read_bytes()) for name in ("unet", "vae"))
-    size: int = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    return size
-
-
 def _folder(setting: Setting) -> Path:
     """OpenVINO's layout of a diffusers folder: a model a part with dynamic shapes and fp16 weights."""
+    import openvino_tokenizers
 
     def write(folder: Path) -> None:
         pipeline = open_pipeline(setting.checkpoint)

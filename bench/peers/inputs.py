@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,6 @@ def picture_size(checkpoint: Path) -> int:
     return size
 
 
-def _config(checkpoint: Path, part: str) -> dict[str, int | list[int]]:
-    config: dict[str, int | list[int]] = json.loads((checkpoint / part / "config.json").read_bytes())
+def _config(checkpoint: Path, part: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((checkpoint / part / "config.json").read_bytes())
     return config

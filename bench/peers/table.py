@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rt.bench.markdown import table
 from rt.bench.peers.peer import MEASURES, PICTURE
 from rt.bench.timing import Samples
 
@@ -98,12 +99,6 @@ def render(records: Iterable[Record]) -> str:
     """Headings and tables of all sections."""
     parts = [(each.heading(), each.times(), each.costs()) for each in sections(records)]
     return "\n\n".join(piece for part in parts for piece in part)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
-    first, *rest = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
-    return "\n".join([first, f"|{'---|' * len(head)}", *rest])
 
 
 def _add(section: Section, peers: Mapping[str, Any], date: str) -> None:

@@ -31,18 +31,18 @@ class Worker:
         self._peer: Peer | None = None
 
     def prepare(self, argument: tuple[Candidate, Setting]) -> None:
-        """Make what the candidate needs on disk, if it needs anything."""
+        """Make what the candidate needs on disk."""
         candidate, setting = argument
-        module = _import(candidate)
-        if hasattr(module, "prepare"):
-            module.prepare(setting)
+        with needs(candidate.extra, candidate.name):
+            _module(candidate).prepare(setting)
 
     def load(self, argument: tuple[Candidate, Setting]) -> dict[str, Any]:
         """Load the candidate: seconds, peak memory so far, versions, and what it can be asked for."""
         candidate, setting = argument
         reset_peak()
         started = time.perf_counter()
-        self._peer = _import(candidate).load(setting)
+        with needs(candidate.extra, candidate.name):
+            self._peer = _module(candidate).load(setting)
         return {
             "load_s": time.perf_counter() - started,
             "peak_rss_mib": peak_rss_mib(),
@@ -88,9 +88,8 @@ def serve(connection: Connection, worker: Any) -> None:
         connection.send(answer)
 
 
-def _import(candidate: Candidate) -> Any:
-    with needs(candidate.extra, candidate.name):
-        return importlib.import_module(f"rt.bench.peers.{candidate.peer}")
+def _module(candidate: Candidate) -> Any:
+    return importlib.import_module(f"rt.bench.peers.{candidate.peer}")
 
 
 def _versions() -> Mapping[str, str]:
