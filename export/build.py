@@ -36,6 +36,8 @@ from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import observe
 from rt.export.passes.cast import cast
+from rt.export.passes.fuse import fuse
+from rt.export.passes.layout import channels_last
 from rt.export.program import Program
 from rt.export.staging import staged
 from rt.export.trace import trace
@@ -58,6 +60,8 @@ _VERSIONED = (
     "openvino",
     "onnxruntime",
 )
+# Programs with pixels, where the fused operators are.
+_PICTURES = (Component.UNET, Component.UNET_SHALLOW, Component.VAE_ENCODER, Component.VAE_DECODER)
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "OFL*")
 
 
@@ -154,11 +158,12 @@ def _compile(
     engines = []
     for record in lowered:
         with _step(bar, f"{record.name}: verify"):
-            engine = backend.load(
-                stage / record.file, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
-            )
-            error = compare(engine, stage / record.reference, name=record.name, dtype=record.dtype)
-            del engine
+            for graph in dict.fromkeys((record.file, record.graph(backend))):
+                engine = backend.load(
+                    stage / graph, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
+                )
+                error = compare(engine, stage / record.reference, name=record.name, dtype=record.dtype)
+                del engine
         engines.append(
             replace(record, error=error, verified_with=f"{backend.name} {backend.arithmetic(record.dtype)}")
         )
@@ -193,6 +198,12 @@ def _lower_all(
                     (program.module, ()) if dtype is DType.FP32 else cast(program.module, dtype, seen)
                 )
                 lower(program, computing, store, stage / file)
+            fused = None
+            if dtype is DType.BF16 and program.component in _PICTURES:
+                with _step(bar, f"{program.name}: fuse"):
+                    program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
+                    fused = f"engines/{program.name}.fused.onnx"
+                    lower(program, cast(program.module, dtype, seen)[0], store, stage / fused)
             yield EngineRecord(
                 name=program.name,
                 component=program.component,
@@ -210,6 +221,7 @@ def _lower_all(
                 verified_with="",
                 islands=islands,
                 passes=program.passes,
+                fused=fused,
             )
 
 
@@ -238,7 +250,8 @@ def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
     )
     steps = 2 * len(config.profiles) * (2 if config.step_cache else 1)
     programs = len(checkpoint.spec.text_encoders) + 2 + steps + halves * len(sizes)
-    return len(checkpoint.components) + 3 * programs + 1
+    fused = (steps + halves * len(sizes)) if config.dtype is DType.BF16 else 0
+    return len(checkpoint.components) + 3 * programs + fused + 1
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rt.backends import Backend
 from rt.config import BuildConfig, DType
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
 from rt.model import Component, ModelSpec
@@ -88,6 +89,7 @@ class EngineRecord:
         guided: U-Net only: one row of latents gives an unconditional and a conditional row.
         dtype: Format of weights and arithmetic; what runs once a schedule stays fp32 in a half-precision bundle.
         file: Path of the graph inside the bundle; its weights are named by the graph.
+        fused: Path of the same program with the operators `rt::…`, for a backend that has kernels for them.
         weights: Path of the tensors that the graph refers to.
         reference: Path of test inputs and torch's outputs for them.
         inputs: In the order of the graph.
@@ -112,6 +114,11 @@ class EngineRecord:
     verified_with: str
     islands: tuple[str, ...]
     passes: tuple[PassRecord, ...]
+    fused: str | None = None
+
+    def graph(self, backend: Backend) -> str:
+        """Path of the graph that `backend` runs fastest."""
+        return self.fused if self.fused is not None and backend.fuses(self.dtype) else self.file
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:

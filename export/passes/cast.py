@@ -127,7 +127,8 @@ def _weight(module: fx.GraphModule, node: fx.Node, half: torch.dtype, islands: s
     """A weight in half, unless fp32 is all that reads it; the sinusoid's constants follow the timestep."""
     value = _attribute(module, str(node.target))
     wide = all(
-        user.name in islands or node in user.args[HALVES.get(user.target, len(user.args)) :] for user in node.users
+        user.name in islands or node in user.args[HALVES.get(user.target, len(user.args)) :]
+        for user in node.users
     )
     if not isinstance(value, nn.Parameter) or wide:
         return value

@@ -27,7 +27,9 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
                 fused = match(node)
             if fused is not None:
                 node.replace_all_uses_with(fused)
-    for node in reversed(module.graph.nodes):  # torch takes attention for random, and keeps it when nothing reads it
+    for node in reversed(
+        module.graph.nodes
+    ):  # torch takes attention for random, and keeps it when nothing reads it
         if node.op == "call_function" and not node.users:
             module.graph.erase_node(node)
     return module_of(module, module.graph)

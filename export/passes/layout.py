@@ -92,7 +92,9 @@ class _Layout:
         return True
 
     def _convolution(self, node: fx.Node) -> bool:
-        x, weight, bias, stride, padding, dilation, groups = _arguments(node, None, None, None, (1,), (0,), (1,), 1)
+        x, weight, bias, stride, padding, dilation, groups = _arguments(
+            node, None, None, None, (1,), (0,), (1,), 1
+        )
         (out, channels, *kernel), ones = value(weight).shape, {1}
         if bias is None or groups != 1 or {*stride} != ones or {*dilation} != ones:
             return False

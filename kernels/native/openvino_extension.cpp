@@ -200,3 +200,9 @@ extern "C" __attribute__((visibility("default"))) const char* rt_instruction_set
     return "";
   }
 }
+
+// Whether the processor multiplies tiles of bf16 itself, which these kernels do not use.
+extern "C" __attribute__((visibility("default"))) int rt_has_amx() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("amx-bf16") != 0;
+}

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rt.backends import native
 from rt.backends.base import Array, Availability, broken, buffers, failure
 from rt.config import DType
 from rt.extras import install_line
@@ -46,6 +47,10 @@ class OpenVINO:
         """bf16 for bf16 graphs where the processor has it, else f32 (x86 cores compute f16 slower than f32)."""
         return "bf16" if dtype is DType.BF16 and "BF16" in self._capabilities else "f32"
 
+    def fuses(self, dtype: DType) -> bool:
+        """Where our kernels are built, and compute what it computes."""
+        return self.arithmetic(dtype) == "bf16" and bool(native.kernels())
+
     def load(
         self,
         path: Path,
@@ -77,7 +82,10 @@ class OpenVINO:
         finally:
             if telemetry is None:
                 del sys.modules["openvino_telemetry"]
-        return openvino.Core()
+        core = openvino.Core()
+        if native.kernels():
+            core.add_extension(native.LIBRARY)
+        return core
 
     @cached_property
     def _capabilities(self) -> list[str]:

@@ -49,6 +49,10 @@ class OnnxRuntime:
         """The format of the graph."""
         return "f32" if dtype is DType.FP32 else "f16"
 
+    def fuses(self, dtype: DType) -> bool:
+        """Never: it would inline them."""
+        return False
+
     def load(
         self,
         path: Path,
