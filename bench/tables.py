@@ -118,7 +118,7 @@ def _shortcuts(records: Iterable[Record]) -> str:
         )
         for result in (measured[-1] if measured else ())
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _inpainting(records: Iterable[Record]) -> str:

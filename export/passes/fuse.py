@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -61,6 +62,9 @@ def _joined(operand: fx.Node) -> fx.Node:
             if value(whole).shape == shape:
                 return whole
     graph = operand.graph
+    if operand.target is aten.cat.default and operand.args[1:] in ((), (0,)):  # the repeat of guidance
+        parts: Any = operand.args[0]
+        return graph.call_function(aten.cat.default, ([_joined(part) for part in parts], 0))
     swapped = graph.call_function(aten.transpose.int, (operand, 1, 2))
     return graph.call_function(aten.reshape.default, (swapped, list(shape)))
 

@@ -58,8 +58,13 @@ class _Layout:
 
     def channels_last(self, node: fx.Node) -> fx.Node:
         if node not in self.moved:
-            axes = [0, *range(2, _rank(node)), 1]
-            self.moved[node] = self._call(aten.permute.default, self.was[node], axes)
+            batch, channels, *pixels = value(node).shape
+            if {*pixels} == {1}:  # nothing to move: a bias of each channel, made of the timestep
+                moved = self._call(aten.reshape.default, self.was[node], [batch, *pixels, channels])
+            else:
+                axes = [0, *range(2, _rank(node)), 1]
+                moved = self._call(aten.permute.default, self.was[node], axes)
+            self.moved[node] = moved
         return self.moved[node]
 
     def move(self, node: fx.Node) -> bool:

@@ -11,8 +11,11 @@ from torch import Tensor, fx
 
 from rt.export import unet as unet_module
 from rt.export.checkpoint import open_checkpoint
+from rt.export.operators import ops
 from rt.export.passes.cost import cost
+from rt.export.passes.fuse import fuse
 from rt.export.passes.hoist import inputs_of
+from rt.export.passes.layout import channels_last
 from rt.export.passes.shapes import value
 from rt.export.passes.sink import repeated, sink
 from rt.export.program import Program
@@ -195,3 +198,16 @@ def test_every_pass_says_what_it_saved(real: Callable[[str, int], Programs]) -> 
             next_one.bytes[0],
         )
     assert str(saved["sink"]) == "sink: 1,068 nodes, 1607 → 1565 GFLOP, 13.1 → 12.9 GB"
+
+
+@pytest.mark.parametrize(("name", "layers"), [("sd15", 16), ("sd21", 16), ("sdxl", 70)])
+def test_each_layer_is_fused_in_its_real_shape(real, name: str, layers: int) -> None:  # type: ignore[no-untyped-def]
+    step = real(name, 1)[Component.UNET, True]
+    program = step.rewritten("layout", channels_last).rewritten("fuse", fuse)
+    targets = [node.target for node in program.module.graph.nodes]
+    assert targets.count(ops.attention.default) == 2 * layers
+    assert targets.count(ops.geglu.default) == layers
+    assert not {aten.group_norm.default, aten.silu.default, ATTENTION} & {*targets}
+    # Into and out of the first and the last convolution, and of those that halve; heads of the text's K and V.
+    assert targets.count(aten.permute.default) <= 2 * (2 + 3)
+    assert targets.count(aten.transpose.int) <= 2 * layers
