@@ -18,6 +18,7 @@ import rt
 from rt.bench.bundle import measure
 from rt.bench.report import Settings
 from rt.bundle import Bundle
+from rt.cli.inspect import command as inspect
 from rt.cli.run import command as run
 from rt.model import Component
 from rt.verify import verify
@@ -159,6 +160,12 @@ def test_the_bundle_holds_shallow_steps_and_verifies(bundle: Path, demo_bundle: 
     assert len([*verify(opened, rt.Pipeline.from_bundle(bundle).engines.backend)]) == len(
         opened.manifest.engines
     )
+
+
+def test_inspect_says_which_bundle_can(bundle: Path, demo_bundle: Path) -> None:
+    can, cannot = (CliRunner().invoke(inspect, [str(path)]).output for path in (bundle, demo_bundle))
+    assert "rt run --step-cache" in can and "unet_shallow-2x64x64-guided" in can
+    assert "step-cache" not in cannot
 
 
 def test_bench_measures_shallow_steps(bundle: Path) -> None:
