@@ -79,31 +79,26 @@ def command(
         name = Path(model).name
         work = work.absolute() / name.replace(":", "-")
         checkpoint = diffusers_folder(model, work).absolute()
-        seed = secrets.randbits(32)
         turns = {**dict.fromkeys((TEXT, UNET, VAE), rounds), PICTURE: pictures}
         plan = Plan(turns={measure: n for measure, n in turns.items() if n}, turn_s=turn_seconds)
-        rows, yardsticks, absent = compare(
-            group(candidates, weights_gib(checkpoint), memory or 0.8 * _free_gib()),
-            plan,
-            draw(checkpoint, count=max(rounds, pictures, 1), steps=steps, seed=seed),
-            Setting(checkpoint=checkpoint, work=work, threads=threads),
-            work / "logs",
+        comparison = Comparison(
+            model=name,
+            size=picture_size(checkpoint),
+            steps=steps,
+            threads=threads,
+            seed=secrets.randbits(32),
+            anchor=ANCHOR.name,
         )
+        inputs = draw(checkpoint, count=max(*turns.values(), 1), steps=steps, seed=comparison.seed)
+        setting = Setting(checkpoint=checkpoint, work=work, threads=threads)
+        groups = group(candidates, weights_gib(checkpoint), memory or 0.8 * _free_gib())
+        measured = [*(["parts"] if rounds else []), *([f"{steps}-step pictures"] if pictures else [])]
+        for result in compare(groups, plan, inputs, setting, work / "logs"):
+            comparison = comparison.add(result)
+            # After each group, so that what ends a run does not take what was measured before.
+            path = publish(" ".join(["peers", name, *measured, *only]), {"peers": comparison.to_json()}, out)
     except RtError as error:
         raise click.ClickException(str(error)) from error
-    comparison = Comparison(
-        model=name,
-        size=picture_size(checkpoint),
-        steps=steps,
-        threads=threads,
-        seed=seed,
-        anchor=ANCHOR.name,
-        gemm_gflops=tuple(yardsticks),
-        rows=tuple(rows),
-        absent=absent,
-    )
-    measured = [*(["parts"] if rounds else []), *([f"{steps}-step pictures"] if pictures else [])]
-    path = publish(" ".join(["peers", name, *measured, *only]), {"peers": comparison.to_json()}, out)
     click.echo("\n".join([*lines(json.loads(path.read_text())), "", str(path)]))
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from rt.bench.peers.once import make_once
 from rt.export.checkpoint import Checkpoint, Kind, open_checkpoint
 from rt.export.facts import FOLDERS
@@ -32,6 +34,7 @@ def weights_gib(folder: Path) -> float:
 
 
 def _save(checkpoint: Checkpoint, folder: Path) -> None:
+    disable_progress_bar()
     for component in checkpoint.components:
         module: Any = checkpoint.load(component)
         module.save_pretrained(folder / FOLDERS[component])

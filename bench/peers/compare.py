@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import click
 import numpy as np
 
 from rt.bench.peers.candidate import ANCHOR, REFERENCE, Candidate
-from rt.bench.peers.comparison import Figure, Row
-from rt.bench.peers.peer import MEASURES, Float32, Inputs, Setting
+from rt.bench.peers.comparison import Figure, Result, Row
+from rt.bench.peers.peer import MEASURES, PICTURE, Float32, Inputs, Setting
 from rt.bench.peers.remote import Remote
 from rt.bench.timing import Samples, gemm_gflops
 from rt.errors import BackendError, NumericsError
@@ -152,8 +152,10 @@ def compare(
     rounds: Sequence[Inputs],
     setting: Setting,
     logs: Path,
-) -> tuple[list[Row], list[tuple[float, ...]], dict[str, str]]:
-    """Run every group; gives rows, the yardstick of each group, and who is absent and why.
+) -> Iterator[Result]:
+    """Run one group after the other; gives each one's result as soon as it is there.
+
+    A reference that is in no group is loaded first, for the outputs of all but the picture.
 
     Args:
         groups: Who runs with whom.
@@ -161,16 +163,20 @@ def compare(
         rounds: The inputs of each turn, as many as the longest measure has turns.
         setting: What is the same for all candidates.
         logs: A folder for what their processes print.
+
+    Raises:
+        BackendError: When the anchor or the reference does not run.
+        NumericsError: When a candidate gives NaN or Inf.
     """
     logs.mkdir(parents=True, exist_ok=True)
 
     def start(candidate: Candidate) -> Remote:
         return Remote(candidate.name, logs / f"{re.sub(r'[^a-z0-9]+', '-', candidate.name.lower())}.log")
 
-    rows: list[Row] = []
-    yardsticks: list[tuple[float, ...]] = []
-    absent: dict[str, str] = {}
     reference: dict[str, Float32] = {}
+    if REFERENCE not in groups[0]:
+        parts = [measure for measure in plan.turns if measure != PICTURE]
+        reference = _reference(start, setting, rounds[0], parts) if parts else {}
     warm = replace(rounds[0], steps=min(plan.warm_steps, rounds[0].steps))
     for number, candidates in enumerate(groups):
         with Group(number, start) as group:
@@ -180,10 +186,18 @@ def compare(
             for measure, turns in plan.turns.items():
                 for turn in range(turns):
                     group.turn(measure, rounds[turn], turn, plan.turn_s)
-            rows += group.finish(reference)
-            yardsticks.append(tuple(group.gemm_gflops))
-            absent |= group.absent
-    return rows, yardsticks, absent
+            rows = group.finish(reference)
+        yield Result(rows=tuple(rows), gemm_gflops=tuple(group.gemm_gflops), absent=group.absent)
+
+
+def _reference(start: Asker, setting: Setting, inputs: Inputs, measures: Sequence[str]) -> dict[str, Float32]:
+    remote = start(REFERENCE)
+    try:
+        remote.ask("load", (REFERENCE, replace(setting, options=REFERENCE.options)))
+        outcomes = {measure: remote.ask("run", (measure, inputs, 0.0)) for measure in measures}
+    finally:
+        remote.close()
+    return {measure: outcome.output for measure, outcome in outcomes.items()}
 
 
 def _finite(output: Float32, name: str, measure: str) -> Float32:

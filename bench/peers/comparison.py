@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rt.bench.timing import Samples
@@ -60,6 +60,15 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Result:
+    """Of one group: its rows, how fast the machine was before each round, and name → why a candidate has no row."""
+
+    rows: tuple[Row, ...]
+    gemm_gflops: tuple[float, ...]
+    absent: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One run.
 
@@ -81,9 +90,18 @@ class Comparison:
     threads: int
     seed: int
     anchor: str
-    gemm_gflops: tuple[tuple[float, ...], ...]
-    rows: tuple[Row, ...]
-    absent: Mapping[str, str]
+    gemm_gflops: tuple[tuple[float, ...], ...] = ()
+    rows: tuple[Row, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def add(self, result: Result) -> Comparison:
+        """With one more group."""
+        return replace(
+            self,
+            gemm_gflops=(*self.gemm_gflops, result.gemm_gflops),
+            rows=(*self.rows, *result.rows),
+            absent={**self.absent, **result.absent},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -39,7 +39,7 @@ class Fake:
                 "load_s": 1.0,
                 "peak_rss_mib": 100.0,
                 "versions": {"abacus": "1"},
-                "measures": ["text", "unet"],
+                "measures": ["text", "unet", "picture"],
             }
         if request == "peak":
             return 80.0
@@ -72,9 +72,12 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
         monkeypatch.setattr(module, "Remote", start)
         rounds = [one(turn) for turn in range(turns)]
         setting = Setting(checkpoint=tmp_path, work=tmp_path, threads=1)
-        result = compare(groups, Plan(turns={"unet": turns}), rounds, setting, tmp_path / "logs")
+        plan = Plan(turns={"unet": turns, "picture": turns})
+        results = list(compare(groups, plan, rounds, setting, tmp_path / "logs"))
         assert all(fake.closed for fake in fakes)
-        return (*result, calls)
+        rows = [row for result in results for row in result.rows]
+        absent = {name: why for result in results for name, why in result.absent.items()}
+        return rows, [result.gemm_gflops for result in results], absent, calls
 
     return run
 
@@ -98,7 +101,7 @@ def test_medians_ratios_errors_and_memory(run: Callable[..., Any]) -> None:
     assert [figure.error for figure in figures] == [0.25, 0, 0.25, 0.5]
     assert figures[3].samples.seconds == (1.0, 2.0, 3.0)
     assert {(row.load_mib, row.steady_mib) for row in rows} == {(100.0, 80.0)}
-    assert yardsticks == [(100.0,) * 4] * 2
+    assert yardsticks == [(100.0,) * 7] * 2
     assert absent == {}
 
 
@@ -137,6 +140,13 @@ def test_an_output_that_is_not_finite_is_an_error(run: Callable[..., Any]) -> No
         run([[ANCHOR, OTHER]], {"other": "nan"})
 
 
-def test_without_the_reference_there_are_no_errors(run: Callable[..., Any]) -> None:
-    rows, *_ = run([[ANCHOR, OTHER]])
-    assert [row.figures["unet"].error for row in rows] == [None, None]
+def test_a_reference_that_is_not_timed_still_gives_the_outputs_of_the_parts(run: Callable[..., Any]) -> None:
+    rows, *_, calls = run([[ANCHOR, OTHER]])
+    assert [row.figures["unet"].error for row in rows] == [0.25, 0.5]
+    assert [row.figures["picture"].error for row in rows] == [None, None]
+    assert [what for name, what in calls if name == REFERENCE.name] == ["load", "unet"]
+
+
+def test_without_its_reference_there_is_no_run(run: Callable[..., Any]) -> None:
+    with pytest.raises(BackendError, match=f"{REFERENCE.name} has no unet"):
+        run([[ANCHOR, OTHER]], {REFERENCE.name: "first unet"})
