@@ -6,7 +6,7 @@ argument. `kernels/native/kernels.h` has the same operators for the CPU.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
@@ -24,8 +24,8 @@ DOMAIN, VERSION = "rt", 1
 @torch.library.custom_op("rt::attention", mutates_args=())
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """softmax(q kᵀ / √d) v: (B, L, H · d), (B, S, H · d), (B, S, H · d) → (B, L, H · d)."""
-    split = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 @torch.library.custom_op("rt::group_norm", mutates_args=())
@@ -80,12 +80,12 @@ HALVES: dict[Any, int] = {
 
 
 def _attention_flops(node: torch.fx.Node) -> int:
-    query, key = value(node.args[0]), value(node.args[1])
-    return int(4 * query.numel() * key.shape[1])
+    query, key, *_ = cast(tuple[torch.fx.Node, ...], node.args)
+    return int(4 * value(query).numel() * value(key).shape[1])
 
 
 def _convolution_flops(node: torch.fx.Node) -> int:
-    return int(2 * value(node).numel() * value(node.args[1])[0].numel())
+    return int(2 * value(node).numel() * value(node.all_input_nodes[1])[0].numel())
 
 
 FLOPS[ops.attention.default] = _attention_flops
@@ -179,7 +179,7 @@ Convolution (X, W, B) => (Y) {
 
 def functions() -> list[ir.Function]:
     """Each operator as an ONNX function of standard operators, which any engine can run in its place."""
-    return [ir.from_proto(onnx.parser.parse_function(body)) for body in _BODIES]
+    return [ir.serde.deserialize_function(onnx.parser.parse_function(body)) for body in _BODIES]
 
 
 def translations() -> dict[Any, Any]:

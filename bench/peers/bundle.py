@@ -21,12 +21,13 @@ from rt.bench.peers.peer import (
     Setting,
     timed,
 )
+from rt.conditioning import Conditioning
 from rt.model import Component
 from rt.noise import Generator
 from rt.pipeline import Pipeline
 from rt.samplers import Schedule
 from rt.samplers.table import HISTORY, SAMPLES
-from rt.session import Conditioning, Row, Session
+from rt.session import Row, Session
 from rt.shapes import ShapeProfile
 from rt.trajectory import Trajectory
 

@@ -9,7 +9,7 @@ Driven by operations and shapes; knows no layer names.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -82,10 +82,10 @@ class _Layout:
             self.moved[node] = self.graph.call_function(target, tuple(operands), node.kwargs)
         elif target is aten.cat.default and self._any_moved(node):
             parts, axis = _arguments(node, None, 0)
-            last = [self.channels_last(part) for part in parts]
+            moved = [self.channels_last(part) for part in parts]
             axis %= _rank(node)
             behind = [0, _rank(node) - 1, *range(1, _rank(node) - 1)][axis]
-            self.moved[node] = self._call(aten.cat.default, last, behind)
+            self.moved[node] = self._call(aten.cat.default, moved, behind)
         elif target is aten.upsample_nearest2d.vec and _doubles(node):
             self._double(node)
         elif target in _RESHAPES and self._any_moved(node) and _of_pixels(node):
@@ -159,10 +159,10 @@ def _rank(node: fx.Node) -> int:
 
 
 def _axes(node: fx.Node) -> list[int]:
-    rank = _rank(node)
+    rank, arguments = _rank(node), cast(tuple[Any, ...], node.args)
     if node.target is aten.permute.default:
-        return [axis % rank for axis in node.args[1]]
-    first, second = (axis % rank for axis in node.args[1:])
+        return [axis % rank for axis in arguments[1]]
+    first, second = (axis % rank for axis in arguments[1:])
     axes = [*range(rank)]
     axes[first], axes[second] = second, first
     return axes
