@@ -1,8 +1,9 @@
 """Our step against OpenVINO called by hand: `python -m rt.bench.against_openvino BUNDLE`.
 
-The same graph on the same inputs, in turn in one process: compiled and called as OpenVINO's documentation
-shows (https://docs.openvino.ai/2026/openvino-workflow/running-inference.html: `compile_model`, then `infer`
-with a dictionary), as `Engine.enqueue`, and as a step of the session with guidance and sampler on top.
+The same program on the same inputs, in turn in one process. By hand: the graph of standard operators, compiled and
+called as OpenVINO's documentation shows (https://docs.openvino.ai/2026/openvino-workflow/running-inference.html:
+`compile_model`, then `infer` with a dictionary). Ours: `Engine.enqueue` on the graph that the backend prefers, and a
+step of the session with guidance and sampler on top.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def _rows(record: Record) -> Iterable[tuple[str, str]]:
         what = f"U-Net step with guidance, {subject['model']}, {subject['dtype']}, {size}"
         yield (
             what,
-            f"{_time(step['median_s'])}, {step['ratio']:.2f} of OpenVINO called by hand on the same graph",
+            f"{_time(step['median_s'])}, {step['ratio']:.2f} of OpenVINO called by hand on the same program",
         )
     elif "processes" in record:
         for process in ("import rt", "rt run"):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rt.backends import Backend, choose, cpu_count
+from rt.backends import Backend, choose
 from rt.bundle import (
     MANIFEST,
     SCHEMA,
@@ -46,7 +46,7 @@ from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress
 from rt.samplers import Scheduler
 from rt.shapes import ShapeProfile, TensorSpec
-from rt.verify import compare, save_reference
+from rt.verify import check, save_reference
 
 logger = logging.getLogger(__name__)
 
@@ -158,12 +158,7 @@ def _compile(
     engines = []
     for record in lowered:
         with _step(bar, f"{record.name}: verify"):
-            for graph in dict.fromkeys((record.file, record.graph(backend))):
-                engine = backend.load(
-                    stage / graph, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
-                )
-                error = compare(engine, stage / record.reference, name=record.name, dtype=record.dtype)
-                del engine
+            error = check(record, stage, backend)
         engines.append(
             replace(record, error=error, verified_with=f"{backend.name} {backend.arithmetic(record.dtype)}")
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -28,9 +28,8 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
                 fused = match(node)
             if fused is not None:
                 node.replace_all_uses_with(fused)
-    for node in reversed(
-        module.graph.nodes
-    ):  # torch takes attention for random, and keeps it when nothing reads it
+    # Torch takes attention for random, and would keep it when nothing reads it.
+    for node in reversed(module.graph.nodes):
         if node.op == "call_function" and not node.users:
             module.graph.erase_node(node)
     return module_of(module, module.graph)
@@ -47,7 +46,7 @@ def _attention(node: fx.Node) -> fx.Node | None:
     batch, heads, tokens, width = value(product).shape
     if value(node).shape != (batch, tokens, heads * width) or len(product.args) > 3 or product.kwargs:
         return None
-    operands = [_joined(operand) for operand in product.all_input_nodes]
+    operands = [_joined(cast(fx.Node, operand)) for operand in product.args]
     return node.graph.call_function(ops.attention.default, (*operands, heads))
 
 

@@ -68,12 +68,14 @@ class _Layout:
         return self.moved[node]
 
     def move(self, node: fx.Node) -> bool:
-        """Compute `node` channels last, if it is of those that gain or lose nothing by it."""
+        """Compute `node` channels last, if it gains by that or loses nothing; otherwise do nothing and give False."""
         target, arguments = node.target, node.args
         if target is aten.conv2d.default:
             return self._convolution(node)
         if target is aten.group_norm.default:
             x, groups, scale, shift, epsilon = _arguments(node, None, None, None, None, 1e-5)
+            if scale is None or shift is None:
+                return False
             parameters = [self.as_it_was(parameter) for parameter in (scale, shift)]
             last = self.channels_last(x)
             self.moved[node] = self._call(ops.group_norm.default, last, *parameters, groups, epsilon, False)

@@ -30,7 +30,8 @@ inline __m512 exp2(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// The same to 7.5e-5, for what is rounded to bf16 at once; minimax of degree 3.
+// The same to 7.5e-5, for what is rounded to bf16 at once; minimax of degree 3. Of -inf it is 0: VSCALEFPS gives that even
+// for the NaN that the polynomial then is.
 inline __m512 exp2_coarse(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);

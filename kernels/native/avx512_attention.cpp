@@ -12,18 +12,19 @@ namespace rt::avx512_kernels {
 namespace {
 
 constexpr std::size_t kBlock = 256;      // keys a block: 6 · 256 logits are 6 KiB
-constexpr std::size_t kQueries = 1024;   // of one item of work; packing is repeated for each
+constexpr std::size_t kQueries = 256;    // at least, of one item of work: keys and values are packed for each
+constexpr std::size_t kItems = 4;        // at least, a thread: the last to end is not waited for long
 
 std::size_t rounded(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // (pairs of channels, keys, 2), keys padded with zeros.
 void pack_keys(const bf16* k, std::size_t stride, std::size_t keys, std::size_t width, std::size_t padded, bf16* packed) {
   for (std::size_t j = 0; j < padded; ++j)
-    for (std::size_t pair = 0; pair < (width + 1) / 2; ++pair)
-      for (std::size_t half = 0; half < 2; ++half) {
-        const std::size_t c = 2 * pair + half;
-        packed[(pair * padded + j) * 2 + half] = j < keys && c < width ? k[j * stride + c] : bf16(0);
-      }
+    for (std::size_t pair = 0; pair < (width + 1) / 2; ++pair) {
+      bf16* both = packed + (pair * padded + j) * 2;
+      both[0] = j < keys ? k[j * stride + 2 * pair] : bf16(0);
+      both[1] = j < keys && 2 * pair + 1 < width ? k[j * stride + 2 * pair + 1] : bf16(0);
+    }
 }
 
 // (pairs of keys, channels, 2), channels padded to whole vectors.
@@ -41,7 +42,10 @@ void attention(const Attention& shape, const bf16* q, const bf16* k, const bf16*
                     width = shape.width;
   const std::size_t stride = heads * width, pairs = (width + 1) / 2, padded = rounded(keys, 64),
                     columns = rounded(width, 16), vectors = columns / 16;
-  const std::size_t chunks = (queries + kQueries - 1) / kQueries;
+  const std::size_t wanted = (kItems * threads() + batch * heads - 1) / (batch * heads);
+  const std::size_t chunks = std::clamp<std::size_t>(wanted, 1, (queries + kQueries - 1) / kQueries);
+  // Whole groups of rows, so that only the last item has a ragged end.
+  const std::size_t share = rounded((queries + chunks - 1) / chunks, kRows);
   // Columns of the output in equal parts of at most four vectors.
   const std::size_t parts = (vectors + 3) / 4;
   const float scale = 1.4426950408889634f / std::sqrt(float(width));  // log2(e): weights are powers of two
@@ -59,7 +63,7 @@ void attention(const Attention& shape, const bf16* q, const bf16* k, const bf16*
     pack_keys(k + b * keys * stride + offset, stride, keys, width, padded, packed_keys);
     pack_values(v + b * keys * stride + offset, stride, keys, width, padded, columns, packed_values);
 
-    const std::size_t begin = item % chunks * kQueries, end = std::min(queries, begin + kQueries);
+    const std::size_t begin = item % chunks * share, end = std::min(queries, begin + share);
     for (std::size_t i = begin; i < end; i += kRows) {
       const int rows = int(std::min<std::size_t>(kRows, end - i));
       const bf16* from = q + (b * queries + i) * stride + offset;

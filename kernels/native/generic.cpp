@@ -1,5 +1,4 @@
-// Plain C++, compiled once for any processor and once with AVX2 (RT_SET names the table). Also what the others are
-// tested against: sums in double, no tricks.
+// Plain C++ without tricks, compiled once for any processor and once with AVX2 (RT_SET names the table).
 #include "kernels.h"
 #include "parallel.h"
 

@@ -45,6 +45,7 @@ class Operator : public ov::op::Op {
       NODE_VALIDATION_CHECK(this, get_input_element_type(i) == wanted, "input ", i, " is ", get_input_element_type(i),
                             "; this kernel takes ", wanted);
     }
+    check();
     set_output_type(0, ov::element::bf16, result());
   }
   bool evaluate(TensorVector& outputs, const TensorVector& inputs) const override {
@@ -54,6 +55,7 @@ class Operator : public ov::op::Op {
   }
 
  protected:
+  virtual void check() const {}
   virtual ov::PartialShape result() const { return get_input_partial_shape(0); }
   virtual void run(TensorVector& outputs, const TensorVector& inputs) const = 0;
 };
@@ -131,6 +133,12 @@ class Convolution : public Operator<Convolution> {
   bool visit_attributes(ov::AttributeVisitor&) override { return true; }
 
  protected:
+  void check() const override {
+    const auto& weight = get_input_partial_shape(1);
+    NODE_VALIDATION_CHECK(this, weight.is_static() && weight.size() == 4 && weight[2] == 3 && weight[3] == 3 &&
+                                    weight[0].get_length() % 16 == 0 && weight[1].get_length() % 32 == 0,
+                          "weight is ", weight, "; this kernel takes (16 i, 32 j, 3, 3)");
+  }
   ov::PartialShape result() const override {
     ov::PartialShape shape = get_input_partial_shape(0);
     shape[3] = get_input_partial_shape(1)[0];

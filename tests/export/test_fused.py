@@ -94,9 +94,11 @@ class Awkward(nn.Module):
         self.pointwise = nn.Conv2d(32, 48, 1)
         self.bare = nn.Conv2d(48, 32, 3, padding=1, bias=False)
         self.norm = nn.GroupNorm(4, 32)
+        self.plain = nn.GroupNorm(4, 32, affine=False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = self.norm(self.bare(self.pointwise(self.grouped(self.strided(self.few(x))))))
+        x = self.plain(self.bare(self.pointwise(self.grouped(self.strided(self.few(x))))))
+        x = self.norm(x)
         half, rest = x.chunk(2, 1)
         return nn.functional.silu(x), x.permute(0, 2, 3, 1), half * nn.functional.gelu(rest), x.mean(1)
 
@@ -113,4 +115,24 @@ def test_what_the_kernels_do_not_take_stays_as_it_was() -> None:
     counted = operations(after)
     assert counted[aten.conv2d.default] == 4 and counted[operators.ops.convolution.default] == 0
     assert counted[operators.ops.geglu.default] == 0
+    assert counted[aten.group_norm.default] == 1, "the one without weights"
     assert counted[aten.silu.default] == 1, "the norm has other readers, so that it cannot end in SiLU"
+
+
+class OneTensor(nn.Module):
+    """Attention whose queries, keys and values are one tensor."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        heads = x.view(2, 10, 4, 8).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        return (y.transpose(1, 2).reshape(2, 10, 32),)
+
+
+def test_attention_of_one_tensor_with_itself() -> None:
+    x = torch.randn(2, 10, 32)
+    with torch.no_grad():
+        program = trace_program("one", Component.UNET, None, OneTensor(), {"x": x}, ("y",))
+        expected = program.module(x=x)
+        after = fused(program)
+        torch.testing.assert_close(after.module(x=x), expected, rtol=1e-5, atol=1e-5)
+    assert operations(after)[operators.ops.attention.default] == 1

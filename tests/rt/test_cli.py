@@ -231,6 +231,16 @@ def test_doctor_names_engines_and_json_parses(rt: Rt) -> None:
     assert report["extras"]["build"]["missing"] == []
 
 
+def test_doctor_says_whether_the_native_kernels_are_used(rt: Rt, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rt.backends.native import Kernels
+    from rt.cli import doctor
+
+    monkeypatch.setattr(doctor, "kernels", lambda: Kernels(instruction_set="avx512"))
+    assert "ok       native kernels: avx512" in rt("doctor").out
+    monkeypatch.setattr(doctor, "kernels", lambda: Kernels(instruction_set=None, problem="not built"))
+    assert "unused   native kernels: not built" in rt("doctor").out
+
+
 def test_doctor_says_how_to_get_what_is_missing(rt: Rt, hide: Callable[..., None]) -> None:
     hide("openvino")
     line = next(line for line in rt("doctor").out.splitlines() if "openvino:" in line)

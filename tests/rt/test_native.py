@@ -79,6 +79,22 @@ def test_engines_run_the_fused_graph(bf16: Bundle) -> None:
     np.testing.assert_array_equal(unet.outputs["prediction"], first)
 
 
+@pays
+def test_verify_runs_both_graphs(bf16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    load = OpenVINO.load
+
+    def watched(self: OpenVINO, path: Path, *rest: object, **options: object) -> object:
+        loaded.append(path.name)
+        return load(self, path, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OpenVINO, "load", watched)
+    _errors(bf16, OpenVINO())
+    fused = [record for record in bf16.manifest.engines if record.fused]
+    assert {Path(record.file).name for record in bf16.manifest.engines} <= {*loaded}
+    assert fused and {Path(str(record.fused)).name for record in fused} <= {*loaded}
+
+
 def _errors(bundle: Bundle, backend: OpenVINO) -> list[tuple[str, float]]:
     return [(record.name, max(errors.values())) for record, errors in verify(bundle, backend)]
 
