@@ -32,10 +32,12 @@ from rt.bundle import (
 )
 from rt.config import BuildConfig, DType, fingerprint
 from rt.errors import BuildError, ConfigError, RtError
+from rt.export.calibrate import Calibration, calibrate
 from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
-from rt.export.observe import observe
+from rt.export.observe import Observation, observe
 from rt.export.passes.cast import cast
+from rt.export.passes.quantize import quantize
 from rt.export.staging import staged
 from rt.export.trace import Program, trace
 from rt.export.weights import one_line
@@ -176,6 +178,8 @@ def _lower_all(
     weights = f"engines/{component.value}.weights"
     with WeightFile(stage / weights) as store:
         text = _text(stage, checkpoint.spec) if component is Component.UNET else {}
+        time_program: Program | None = None
+        calibration: Calibration | None = None
         for program in trace(component, module, checkpoint.spec, config.profiles, text):
             file, reference = f"engines/{program.name}.onnx", f"reference/{program.name}.npz"
             with _step(bar, f"{program.name}: run in torch"):
@@ -185,10 +189,13 @@ def _lower_all(
                 )
             # What runs once a schedule costs nothing in fp32, and every step builds on it.
             dtype = DType.FP32 if program.component is Component.UNET_TIME else config.dtype
+            if program.component is Component.UNET_TIME:
+                time_program = program
+            elif dtype is DType.INT8 and time_program is not None and calibration is None:
+                with _step(bar, f"{program.name}: calibrate"):
+                    calibration = calibrate(program, time_program, checkpoint)
             with _step(bar, f"{program.name}: lower"):
-                computing, islands = (
-                    (program.module, ()) if dtype is DType.FP32 else cast(program.module, dtype, seen)
-                )
+                computing, islands = _in_format(program, dtype, seen, calibration)
                 lower(program, computing, store, stage / file)
             yield EngineRecord(
                 name=program.name,
@@ -209,6 +216,17 @@ def _lower_all(
             )
 
 
+def _in_format(
+    program: Program, dtype: DType, seen: Observation, calibration: Calibration | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The program's graph computing in `dtype`, and what of it does not, in words."""
+    if dtype is DType.INT8 and calibration is not None:
+        return quantize(program.module, calibration.ranges, calibration.chosen), calibration.islands
+    if dtype in (DType.FP32, DType.INT8):
+        return program.module, ()
+    return cast(program.module, dtype, seen)
+
+
 @contextmanager
 def _step(bar: Bar, label: str) -> Iterator[None]:
     """Show what is being done, log how long it took, and name it where a library fails at it."""
@@ -227,13 +245,14 @@ def _step(bar: Bar, label: str) -> Iterator[None]:
 
 
 def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
-    """Of the progress bar: a load a component, three steps a program, and the hashes."""
+    """Of the progress bar: a load a component, three steps a program, a calibration, and the hashes."""
     sizes = {(profile.height, profile.width) for profile in config.profiles}
     halves = sum(
         component in (Component.VAE_ENCODER, Component.VAE_DECODER) for component in checkpoint.components
     )
     programs = len(checkpoint.spec.text_encoders) + 1 + 2 * len(config.profiles) + halves * len(sizes)
-    return len(checkpoint.components) + 3 * programs + 1
+    calibrations = config.dtype is DType.INT8
+    return len(checkpoint.components) + 3 * programs + calibrations + 1
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ import torch
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
-from rt.export.passes.quantize import TRANSLATIONS
+from rt.export.passes.quantize import IN_ONNX
 from rt.export.trace import Program
 
 # The newest that every engine we target reads whole: GroupNormalization and Gelu stay single operators,
@@ -76,7 +76,7 @@ def lower(program: Program, module: nn.Module, weights: WeightFile, path: Path) 
             output_names=list(program.outputs),
             optimize=False,
             verbose=False,
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table=IN_ONNX,
         )
     assert onnx_program is not None
     model = onnx_program.model
