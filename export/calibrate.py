@@ -58,7 +58,7 @@ def calibrate(step: Program, time: Program, checkpoint: Checkpoint) -> Calibrati
     with torch.inference_mode():
         recorder.run(*step.inputs.values())
         _draw(recorder, step, time, checkpoint)
-        chosen, islands = _choose(step.module, recorder.ranges, step.inputs)
+        chosen, islands = choose(step.module, recorder.ranges, step.inputs)
     return Calibration(ranges=recorder.ranges, chosen=chosen, islands=islands)
 
 
@@ -118,7 +118,7 @@ def _conditioning(outputs: tuple[tuple[Tensor, ...], ...], spec: ModelSpec) -> d
     return context if spec.pooled_size is None else {**context, "pooled": outputs[-1][1]}
 
 
-def _choose(
+def choose(
     module: fx.GraphModule, ranges: Mapping[str, Range], inputs: Mapping[str, Tensor]
 ) -> tuple[frozenset[str], tuple[str, ...]]:
     """All products but those that cost much in error and save little in work, and those in words.
@@ -127,13 +127,11 @@ def _choose(
     model: 0.0207 from 120 parts, 0.0212 of the whole), so a group with a small one has no member with a large one.
     """
     nodes = products(module)
-    exact: Tensor = module(*inputs.values())[0]
+    exact: Tensor = module(**inputs)[0]
 
     def error(chosen: Iterable[str]) -> float:
         """Squared."""
-        return float(
-            (quantize(module, ranges, frozenset(chosen))(*inputs.values())[0] - exact).square().sum()
-        )
+        return float((quantize(module, ranges, frozenset(chosen))(**inputs)[0] - exact).square().sum())
 
     def costly(names: Sequence[str]) -> dict[str, float]:
         """Those of `names` whose share of the error is large."""

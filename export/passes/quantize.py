@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
-onnx = onnxscript.opset21
+onnx: Any = onnxscript.opset21  # its stubs do not know values that are being traced
 PRODUCTS = (aten.linear.default, aten.conv2d.default)
 _UINT8 = 2  # onnx.TensorProto.UINT8
 
