@@ -169,7 +169,8 @@ def _alone(engines: Engines, bundle: Bundle, record: EngineRecord, settings: Set
 def _serves(record: EngineRecord, profile: ShapeProfile) -> bool:
     """Whether drawing at `profile` can need this engine; the autoencoder takes one picture at a time."""
     single = ShapeProfile(profile.height, profile.width)
-    wanted = {Component.UNET: profile, Component.VAE_ENCODER: single, Component.VAE_DECODER: single}
+    steps = {Component.UNET: profile, Component.UNET_SHALLOW: profile}
+    wanted = {**steps, Component.VAE_ENCODER: single, Component.VAE_DECODER: single}
     return record.profile == wanted.get(record.component)
 
 
@@ -181,6 +182,7 @@ def _picture(profile: ShapeProfile) -> dict[str, Any]:
 
 
 def _name(record: EngineRecord) -> str:
-    if record.component is Component.UNET:
-        return f"U-Net step, {'guided' if record.guided else 'unguided'}"
+    kinds = {Component.UNET: "step", Component.UNET_SHALLOW: "shallow step"}
+    if record.component in kinds:
+        return f"U-Net {kinds[record.component]}, {'guided' if record.guided else 'unguided'}"
     return str(record.component.value).replace("_", " ").replace("vae", "VAE").replace("unet", "U-Net")

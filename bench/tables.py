@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rt.bench.markdown import table
+from rt.bench.peers.table import render
 from rt.bench.record import RESULTS
 
 ROOT = RESULTS.parents[1]
@@ -22,10 +24,12 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     return {
         Path("README.md"): {"benchmarks": _speed(records)},
+        Path("docs/benchmarks.md"): {"peers": render(records)},
         Path(f"examples/{DEMO}/README.md"): {
             "quality": _quality(records),
             "settings": _settings(records),
             "inpainting": _inpainting(records),
+            "shortcuts": _shortcuts(records),
         },
     }
 
@@ -34,11 +38,11 @@ def update(root: Path = ROOT, results: Path = RESULTS) -> None:
     """Put each table between its markers in the documents of `root`."""
     for document, named in tables(results).items():
         text = (root / document).read_text()
-        for name, table in named.items():
+        for name, body in named.items():
             begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
             before, _, rest = text.partition(begin)
             _, _, after = rest.partition(end)
-            text = f"{before}{begin}\n{table}\n{end}{after}"
+            text = f"{before}{begin}\n{body}\n{end}{after}"
         (root / document).write_text(text)
 
 
@@ -51,7 +55,7 @@ def _speed(records: Iterable[Record]) -> str:
         newest |= {what: (figure, where) for what, figure in _rows(record)}
     places = sorted({where for _, where in newest.values()})
     rows = [(what, figure) for what, (figure, _) in newest.items()]
-    return f"Measured on {'; '.join(places)}:\n\n{_table(('what', 'figure'), rows)}"
+    return f"Measured on {'; '.join(places)}:\n\n{table(('what', 'figure'), rows)}"
 
 
 def _quality(records: Iterable[Record]) -> str:
@@ -79,7 +83,7 @@ def _quality(records: Iterable[Record]) -> str:
                 *(f"{percent:g} %" for percent in percents),
                 f"{quality['distance']:.1f}",
             )
-    return _table(head, rows.values())
+    return table(head, rows.values())
 
 
 def _settings(records: Iterable[Record]) -> str:
@@ -97,7 +101,25 @@ def _settings(records: Iterable[Record]) -> str:
         )
         for result in (compared[-1] if compared else ())
     ]
-    return _table(("varied", "value", "all right", "distance", "PSNR to fp32"), rows)
+    return table(("varied", "value", "all right", "distance", "PSNR to fp32"), rows)
+
+
+def _shortcuts(records: Iterable[Record]) -> str:
+    """What step caching and guidance intervals cost and save on the demo model."""
+    head = ("full steps", "guided part", "all right", "distance", "PSNR to the full run", "loop")
+    measured = [r["shortcuts"] for r in records if "shortcuts" in r and r["model"] == DEMO]
+    rows = [
+        (
+            f"1 in {result['step_cache']}" if "step_cache" in result else "all",
+            " to ".join(f"{part:g}" for part in result.get("guidance_interval", ())) or "all",
+            f"{result['right_percent']:g} %",
+            f"{result['distance']:.1f}",
+            f"{result['psnr_db']:g} dB" if result["psnr_db"] else "",
+            f"{_time(result['loop_s'])}, {result['speedup']:.2f}×",
+        )
+        for result in (measured[-1] if measured else ())
+    ]
+    return table(head, rows)
 
 
 def _inpainting(records: Iterable[Record]) -> str:
@@ -113,12 +135,7 @@ def _inpainting(records: Iterable[Record]) -> str:
                 f"{found['outside_psnr_db']:.1f} dB",
                 f"{found['outside_psnr_of_autoencoder_db']:.1f} dB",
             )
-    return _table(head, rows.values())
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    first, *rest = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
-    return "\n".join([first, f"|{'---|' * len(head)}", *rest])
+    return table(head, rows.values())
 
 
 def _rows(record: Record) -> Iterable[tuple[str, str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rt.backends import Backend, choose, cpu_count
 from rt.bundle import (
@@ -37,9 +37,12 @@ from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
 from rt.export.passes.cast import cast
+from rt.export.passes.fuse import fuse
+from rt.export.passes.layout import channels_last
 from rt.export.passes.quantize import quantize
+from rt.export.program import Program
 from rt.export.staging import staged
-from rt.export.trace import Program, trace
+from rt.export.trace import trace
 from rt.export.weights import one_line
 from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress
@@ -59,6 +62,8 @@ _VERSIONED = (
     "openvino",
     "onnxruntime",
 )
+# Programs with pixels, where the fused operators are.
+_PICTURES = (Component.UNET, Component.UNET_SHALLOW, Component.VAE_ENCODER, Component.VAE_DECODER)
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "OFL*")
 
 
@@ -155,11 +160,12 @@ def _compile(
     engines = []
     for record in lowered:
         with _step(bar, f"{record.name}: verify"):
-            engine = backend.load(
-                stage / record.file, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
-            )
-            error = compare(engine, stage / record.reference, name=record.name, dtype=record.dtype)
-            del engine
+            for graph in dict.fromkeys((record.file, record.graph(backend))):
+                engine = backend.load(
+                    stage / graph, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
+                )
+                error = compare(engine, stage / record.reference, name=record.name, dtype=record.dtype)
+                del engine
         engines.append(
             replace(record, error=error, verified_with=f"{backend.name} {backend.arithmetic(record.dtype)}")
         )
@@ -178,9 +184,11 @@ def _lower_all(
     weights = f"engines/{component.value}.weights"
     with WeightFile(stage / weights) as store:
         text = _text(stage, checkpoint.spec) if component is Component.UNET else {}
-        time_program: Program | None = None
+        early: dict[Component, Program] = {}
         calibration: Calibration | None = None
-        for program in trace(component, module, checkpoint.spec, config.profiles, text):
+        for program in trace(
+            component, module, checkpoint.spec, config.profiles, text, step_cache=config.step_cache
+        ):
             file, reference = f"engines/{program.name}.onnx", f"reference/{program.name}.npz"
             with _step(bar, f"{program.name}: run in torch"):
                 seen = observe(program)
@@ -189,14 +197,19 @@ def _lower_all(
                 )
             # What runs once a schedule costs nothing in fp32, and every step builds on it.
             dtype = DType.FP32 if program.component is Component.UNET_TIME else config.dtype
-            if program.component is Component.UNET_TIME:
-                time_program = program
-            elif dtype is DType.INT8 and time_program is not None and calibration is None:
+            early[program.component] = program
+            if dtype is DType.INT8 and program.component is Component.UNET and calibration is None:
                 with _step(bar, f"{program.name}: calibrate"):
-                    calibration = calibrate(program, time_program, checkpoint)
+                    calibration = calibrate(early, checkpoint)
             with _step(bar, f"{program.name}: lower"):
                 computing, islands = _in_format(program, dtype, seen, calibration)
                 lower(program, computing, store, stage / file)
+            fused = None
+            if dtype in (DType.BF16, DType.INT8) and program.component in _PICTURES:
+                with _step(bar, f"{program.name}: fuse"):
+                    program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
+                    fused = f"engines/{program.name}.fused.onnx"
+                    lower(program, _fused(program.module, seen, calibration), store, stage / fused)
             yield EngineRecord(
                 name=program.name,
                 component=program.component,
@@ -213,6 +226,8 @@ def _lower_all(
                 error={},
                 verified_with="",
                 islands=islands,
+                passes=program.passes,
+                fused=fused,
             )
 
 
@@ -221,10 +236,18 @@ def _in_format(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The program's graph computing in `dtype`, and what of it does not, in words."""
     if dtype is DType.INT8 and calibration is not None:
-        return quantize(program.module, calibration.ranges, calibration.chosen), calibration.islands
+        module = quantize(program.module, calibration.ranges, calibration.chosen)
+        return module, calibration.islands(program.module)
     if dtype in (DType.FP32, DType.INT8):
         return program.module, ()
     return cast(program.module, dtype, seen)
+
+
+def _fused(module: fx.GraphModule, seen: Observation, calibration: Calibration | None) -> nn.Module:
+    """A fused graph in bf16, its products in int8 where they were calibrated."""
+    if calibration is not None:
+        module = quantize(module, calibration.ranges, calibration.chosen)
+    return cast(module, DType.BF16, seen)[0]
 
 
 @contextmanager
@@ -250,9 +273,11 @@ def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
     halves = sum(
         component in (Component.VAE_ENCODER, Component.VAE_DECODER) for component in checkpoint.components
     )
-    programs = len(checkpoint.spec.text_encoders) + 1 + 2 * len(config.profiles) + halves * len(sizes)
+    steps = 2 * len(config.profiles) * (2 if config.step_cache else 1)
+    programs = len(checkpoint.spec.text_encoders) + 2 + steps + halves * len(sizes)
+    fused = (steps + halves * len(sizes)) if config.dtype in (DType.BF16, DType.INT8) else 0
     calibrations = config.dtype is DType.INT8
-    return len(checkpoint.components) + 3 * programs + calibrations + 1
+    return len(checkpoint.components) + 3 * programs + fused + calibrations + 1
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

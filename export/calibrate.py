@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
+from rt.backends import Array
+from rt.conditioning import Conditioning, contexts
 from rt.export.checkpoint import Checkpoint
 from rt.export.passes.quantize import Range, products, quantize
-from rt.export.trace import Program, TextEncoder
-from rt.model import Family, ModelSpec
+from rt.export.passes.shapes import value
+from rt.export.program import Program
+from rt.export.trace import TextEncoder
+from rt.model import Component, Family
 from rt.noise import Generator
 from rt.samplers import Scheduler
+from rt.step import Step
+from rt.time_table import TimeTable
 from rt.trajectory import Trajectory
 
 PROMPTS = (
@@ -36,32 +43,48 @@ class Calibration:
 
     Attributes:
         ranges: Of the input of each product.
-        chosen: The products that go to int8.
-        islands: The others, in words: how many, and their share of the squared error and of the work.
+        kept: The products that stay in floats, each with its share of the squared error.
     """
 
     ranges: Mapping[str, Range]
-    chosen: frozenset[str]
-    islands: tuple[str, ...]
+    kept: Mapping[str, float]
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The products that go to int8."""
+        return frozenset(self.ranges.keys() - self.kept.keys())
+
+    def islands(self, module: fx.GraphModule) -> tuple[str, ...]:
+        """What of `module` stays in floats, in words."""
+        nodes = products(module)
+        work = {name: _work(node) for name, node in nodes.items()}
+        kept = [name for name in nodes if name in self.kept]
+        if not kept:
+            return ()
+        error = sum(self.kept[name] for name in kept)
+        share = sum(work[name] for name in kept) / sum(work.values())
+        return (
+            f"{len(kept)} of {len(nodes)} products: {error:.0%} of its squared error, {share:.1%} of the work",
+        )
 
 
-def calibrate(step: Program, time: Program, checkpoint: Checkpoint) -> Calibration:
+def calibrate(programs: Mapping[Component, Program], checkpoint: Checkpoint) -> Calibration:
     """Draw `PROMPTS` with the programs of a U-Net in fp32 and watch.
 
     Args:
-        step: A step, with guidance or without.
-        time: What it reads of a timestep.
+        programs: Those of the timestep and of the text, and a step with guidance or without.
         checkpoint: For its text encoders and its noise levels.
 
     Raises:
         NumericsError: When a weight makes NaN or Inf of them.
     """
+    step = programs[Component.UNET]
     recorder = _Recorder(step.module)
     with torch.inference_mode():
         recorder.run(*step.inputs.values())
-        _draw(recorder, step, time, checkpoint)
-        chosen, islands = choose(step.module, recorder.ranges, step.inputs)
-    return Calibration(ranges=recorder.ranges, chosen=chosen, islands=islands)
+        _draw(recorder, programs, checkpoint)
+        kept = costly(step.module, recorder.ranges, step.inputs)
+    return Calibration(ranges=recorder.ranges, kept=kept)
 
 
 class _Recorder(fx.Interpreter):
@@ -79,51 +102,75 @@ class _Recorder(fx.Interpreter):
         return super().run_node(n)
 
 
-def _draw(unet: _Recorder, step: Program, time: Program, checkpoint: Checkpoint) -> None:
+class _Torch:
+    """A program as an `Engine`."""
+
+    def __init__(self, program: Program, run: Callable[..., Any]) -> None:
+        self._tensors = [tensor.clone() for tensor in program.inputs.values()]
+        self._run = run
+        self.inputs: dict[str, Array] = {
+            name: tensor.numpy() for name, tensor in zip(program.inputs, self._tensors, strict=True)
+        }
+        self.outputs: dict[str, Array] = {
+            name: np.array(value) for name, value in zip(program.outputs, run(*self._tensors), strict=True)
+        }
+
+    def enqueue(self) -> None:
+        """Run once."""
+        for array, result in zip(self.outputs.values(), self._run(*self._tensors), strict=True):
+            np.copyto(array, result.numpy())
+
+
+def _draw(unet: _Recorder, programs: Mapping[Component, Program], checkpoint: Checkpoint) -> None:
     """Draw each of `PROMPTS`; the rows of a batch begin from different noise."""
-    spec = checkpoint.spec
+    spec, program = checkpoint.spec, programs[Component.UNET]
+    assert program.profile is not None
+    time, context = (
+        _Torch(programs[early], programs[early].module)
+        for early in (Component.UNET_TIME, Component.UNET_CONTEXT)
+    )
+    step = Step(_Torch(program, unet.run))
+    table = TimeTable(time, (program.profile.height, program.profile.width))
     negative, *conds = _encode(checkpoint, ("", *PROMPTS))
+    texts = contexts(context, {negative, *conds})
     # One that every checkpoint's noise levels allow, whatever its own sampler is.
     schedule = Scheduler.from_config(spec.scheduler, "ddim").schedule(STEPS)
-    inputs = {name: value.clone() for name, value in step.inputs.items()}
-    latents, rows = inputs["latents"].numpy(), len(inputs["latents"])
-    trajectories = [Trajectory(latents.shape[1:]) for _ in range(rows)]
+    trajectories = [Trajectory(latents.shape) for latents in step.latents]
     for cond in conds:
-        for key, value in cond.items():
-            both = [negative[key]] * rows * step.guided + [value] * rows
-            inputs[key].copy_(torch.cat(both))
-        for seed, trajectory in enumerate(trajectories):
-            trajectory.start(schedule, noise=Generator(seed), guidance_scale=GUIDANCE, guidance_rescale=0.0)
+        sides = [negative, cond] if program.guided else [cond]
+        table.prepare((timestep, side) for timestep in schedule.timesteps for side in sides)
+        for row, trajectory in enumerate(trajectories):
+            step.write_context(row, [texts[side] for side in sides])
+            trajectory.start(schedule, noise=Generator(row), guidance_scale=GUIDANCE, guidance_rescale=0.0)
         while not trajectories[0].done:
-            for trajectory, row in zip(trajectories, latents, strict=True):
-                trajectory.feed(row)
-            timestep = torch.full_like(time.inputs["timestep"], trajectories[0].timestep)
-            inputs["time"].copy_(time.module(timestep)[0][:1].expand_as(inputs["time"]))
-            prediction = unet.run(*inputs.values())[0].numpy().reshape(-1, *latents.shape)
             for row, trajectory in enumerate(trajectories):
-                trajectory.guide_and_step(prediction[-1][row], prediction[0][row] if step.guided else None)
+                trajectory.feed(step.latents[row])
+                step.write_time(row, [table[trajectory.timestep, side] for side in sides])
+            step.run()
+            for row, trajectory in enumerate(trajectories):
+                trajectory.guide_and_step(*step.prediction(row))
 
 
-def _encode(checkpoint: Checkpoint, prompts: tuple[str, ...]) -> list[dict[str, Tensor]]:
-    """Of each prompt `context` (1, T, D), and `pooled` (1, P) where the model has it."""
+def _encode(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Conditioning]:
     spec = checkpoint.spec
     given: list[list[tuple[Tensor, ...]]] = []
     for component in spec.text_encoders:
         encoder = TextEncoder(checkpoint.load(component).eval(), penultimate=spec.family is Family.SDXL)
         tokenizer = checkpoint.tokenizer(component)
         given.append([encoder(torch.from_numpy(tokenizer(prompt).ids)[None]) for prompt in prompts])
-    return [_conditioning(outputs, spec) for outputs in zip(*given, strict=True)]
+    return [
+        Conditioning(
+            states=np.concatenate([states[0].numpy() for states, *_ in outputs], axis=-1),
+            pooled=None if spec.pooled_size is None else outputs[-1][1][0].numpy(),
+        )
+        for outputs in zip(*given, strict=True)
+    ]
 
 
-def _conditioning(outputs: tuple[tuple[Tensor, ...], ...], spec: ModelSpec) -> dict[str, Tensor]:
-    context = {"context": torch.cat([states for states, *_ in outputs], dim=-1)}
-    return context if spec.pooled_size is None else {**context, "pooled": outputs[-1][1]}
-
-
-def choose(
+def costly(
     module: fx.GraphModule, ranges: Mapping[str, Range], inputs: Mapping[str, Tensor]
-) -> tuple[frozenset[str], tuple[str, ...]]:
-    """All products but those that cost much in error and save little in work, and those in words.
+) -> dict[str, float]:
+    """The products that cost much in error and save little in work, each with its share of the squared error.
 
     Squared errors of products add up (measured on the demo model: 0.0207 from 120 parts, 0.0212 of the whole), so the
     search halves the group with the largest error, measured with that group alone in int8, until single products are
@@ -138,29 +185,22 @@ def choose(
 
     whole = max(error([*nodes]), 1e-30)
     work = {name: _work(node) for name, node in nodes.items()}
-    total = sum(work.values())
-    groups = [(1.0, [name for name in nodes if work[name] <= _LITTLE_WORK * total])]
-    kept: dict[str, float] = {}
+    little = _LITTLE_WORK * sum(work.values())
+    groups = [(1.0, [name for name in nodes if work[name] <= little])]
+    found: dict[str, float] = {}
     for _ in range(_SPLITS):
         share, names = groups.pop(groups.index(max(groups))) if groups else (0.0, [])
-        if share <= _MUCH_ERROR:
+        if share <= _MUCH_ERROR or not names:
             break
         if len(names) == 1:
-            kept[names[0]] = share
+            found[names[0]] = share
             continue
         half = len(names) // 2
-        groups += [(error(part) / whole, part) for part in (names[:half], names[half:]) if part]
-    if not kept:
-        return frozenset(nodes), ()
-    words = (
-        f"{len(kept)} of {len(nodes)} products: {sum(kept.values()):.0%} of its squared error, "
-        f"{sum(work[name] for name in kept) / total:.1%} of the work"
-    )
-    return frozenset(nodes) - kept.keys(), (words,)
+        groups += [(error(part) / whole, part) for part in (names[:half], names[half:])]
+    return found
 
 
 def _work(node: fx.Node) -> int:
     """Multiplications."""
-    weight: Tensor = node.args[1].meta["val"]  # type: ignore[union-attr]
-    result: Tensor = node.meta["val"]
-    return result.numel() * weight[0].numel()
+    weight: Tensor = value(node.all_input_nodes[1])
+    return int(value(node).numel() * weight[0].numel())

@@ -16,8 +16,9 @@ import torch
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
+from rt.export.operators import DOMAIN, functions, translations
 from rt.export.passes.quantize import IN_ONNX
-from rt.export.trace import Program
+from rt.export.program import Program
 
 # The newest that every engine we target reads whole: GroupNormalization and Gelu stay single operators,
 # attention becomes MatMul and Softmax, which they fuse themselves.
@@ -76,7 +77,7 @@ def lower(program: Program, module: nn.Module, weights: WeightFile, path: Path) 
             output_names=list(program.outputs),
             optimize=False,
             verbose=False,
-            custom_translation_table=IN_ONNX,
+            custom_translation_table=translations() | IN_ONNX,
         )
     assert onnx_program is not None
     model = onnx_program.model
@@ -87,6 +88,10 @@ def lower(program: Program, module: nn.Module, weights: WeightFile, path: Path) 
         if value is not None and value.nbytes > _INLINE_BYTES:
             initializer.const_value = weights.add(value)
     weights.flush()
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for function in functions():
+        if function.name in used:
+            model.functions[function.identifier()] = function
     _anonymise(model)
     ir.save(model, path)
 

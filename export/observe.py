@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from rt.errors import NumericsError
-from rt.export.trace import Program
+from rt.export.program import Program
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

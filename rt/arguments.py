@@ -93,6 +93,34 @@ def check_guidance(scale: object, rescale: object) -> tuple[float, float]:
     return float(scale), float(rescale)
 
 
+def check_guidance_interval(interval: object) -> tuple[float, float]:
+    """Start and stop in parts of the schedule."""
+    given = list(interval) if isinstance(interval, Sequence) and not isinstance(interval, str) else []
+    if (
+        len(given) != 2
+        or not all(isinstance(part, int | float) for part in given)
+        or not 0 <= given[0] < given[1] <= 1
+    ):
+        raise ConfigError(
+            f"guidance_interval is {interval!r}; it must be two numbers with 0 <= start < stop <= 1, such as 0.2, 0.8"
+        )
+    return float(given[0]), float(given[1])
+
+
+def check_step_cache(step_cache: object, *, built: bool) -> int:
+    """One step of so many is full; a bundle must have been `built` for more than one."""
+    if not isinstance(step_cache, Integral) or step_cache < 1:
+        raise ConfigError(
+            f"step_cache is {step_cache!r}; it must be a whole number of at least 1, where 1 turns it off"
+        )
+    steps = int(step_cache)
+    if steps > 1 and not built:
+        raise ConfigError(
+            f"step_cache is {steps}, but this bundle has no shallow steps; build it again with --step-cache"
+        )
+    return steps
+
+
 def check_output_type(output_type: str) -> None:
     """One of `OUTPUT_TYPES`."""
     if output_type not in OUTPUT_TYPES:

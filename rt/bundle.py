@@ -21,13 +21,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rt.backends import Backend
 from rt.config import BuildConfig, DType
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
 from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile, TensorSpec
 
 FORMAT = "rt-bundle"
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 _NO_DIGEST = b'"digest": "' + b"0" * 64 + b'"'
@@ -42,6 +43,42 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PassRecord:
+    """A rewrite of a graph, with what one run cost before and after it.
+
+    Attributes:
+        name: Of the pass.
+        nodes: Operations.
+        flops: Of products, two a multiply-add.
+        bytes: Read and written by an engine that fuses nothing.
+    """
+
+    name: str
+    nodes: tuple[int, int]
+    flops: tuple[int, int]
+    bytes: tuple[int, int]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PassRecord:
+        """From the manifest."""
+        amounts: dict[str, tuple[int, int]] = {key: tuple(data[key]) for key in ("nodes", "flops", "bytes")}
+        return cls(name=data["name"], **amounts)
+
+    def __str__(self) -> str:
+        """Such as `sink: 1,073 → 1,079 nodes, 803.9 → 755.1 GFLOP, 5.12 → 4.80 GB`; what is the same stands once."""
+        amounts = (
+            _change([f"{count:,}" for count in self.nodes]) + " nodes",
+            _change([f"{count / 1e9:.4g}" for count in self.flops]) + " GFLOP",
+            _change([f"{count / 1e9:.3g}" for count in self.bytes]) + " GB",
+        )
+        return f"{self.name}: {', '.join(amounts)}"
+
+
+def _change(amounts: list[str]) -> str:
+    return " → ".join(dict.fromkeys(amounts))
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineRecord:
     """One compiled program.
 
@@ -52,6 +89,7 @@ class EngineRecord:
         guided: U-Net only: one row of latents gives an unconditional and a conditional row.
         dtype: Format of weights and arithmetic; what runs once a schedule stays fp32 in a half-precision bundle.
         file: Path of the graph inside the bundle; its weights are named by the graph.
+        fused: Path of the same program with the operators `rt::…`, for a backend that has kernels for them.
         weights: Path of the tensors that the graph refers to.
         reference: Path of test inputs and torch's outputs for them.
         inputs: In the order of the graph.
@@ -59,6 +97,7 @@ class EngineRecord:
         error: Relative L2 distance from torch in fp32, per output, measured at the build.
         verified_with: Backend and arithmetic of that measurement, such as "openvino f32".
         islands: Operators kept in fp32 in a half-precision graph, with how many and why.
+        passes: What rewrote the graph, in order.
     """
 
     name: str
@@ -74,6 +113,12 @@ class EngineRecord:
     error: Mapping[str, float]
     verified_with: str
     islands: tuple[str, ...]
+    passes: tuple[PassRecord, ...]
+    fused: str | None = None
+
+    def graph(self, backend: Backend) -> str:
+        """Path of the graph that `backend` runs fastest."""
+        return self.fused if self.fused is not None and backend.fuses(self.dtype) else self.file
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:
@@ -87,6 +132,7 @@ class EngineRecord:
                 "inputs": tuple(TensorSpec.from_json(spec) for spec in data["inputs"]),
                 "outputs": tuple(TensorSpec.from_json(spec) for spec in data["outputs"]),
                 "islands": tuple(data["islands"]),
+                "passes": tuple(PassRecord.from_json(record) for record in data["passes"]),
             }
         )
 
@@ -174,7 +220,7 @@ class Manifest:
 
         Raises:
             BundleError: When it is not the manifest of a bundle.
-            IncompatibleBundleError: When a newer rt wrote it.
+            IncompatibleBundleError: When an rt of another schema wrote it.
             IntegrityError: When a byte of it has changed.
         """
         try:
@@ -192,9 +238,10 @@ class Manifest:
         ):
             raise IntegrityError(f"{path} is damaged: its sha256 differs; build or copy the bundle again")
         # Every later schema keeps the digest, so that a damaged byte is never taken for a newer version.
-        if not isinstance(body.get("schema"), int) or body["schema"] > SCHEMA:
+        if body.get("schema") != SCHEMA:
             raise IncompatibleBundleError(
-                f"{path} has schema {body.get('schema')!r}; this rt reads up to {SCHEMA}. Upgrade rt or build it again"
+                f"{path} has schema {body.get('schema')!r}, and this rt reads {SCHEMA}: build it again, or use "
+                f"the rt that built it"
             )
         try:
             return cls(

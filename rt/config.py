@@ -33,11 +33,13 @@ class BuildConfig:
         profiles: The shapes to build engines for; the first is the default of `rt run`.
         dtype: Format of weights and arithmetic.
         backend: The engine that the build is verified with and that `rt run` prefers.
+        step_cache: Whether steps of the U-Net can reuse deep features (`rt run --step-cache`).
     """
 
     profiles: tuple[ShapeProfile, ...]
     dtype: DType = DType.FP32
     backend: str = "openvino"
+    step_cache: bool = False
 
     def __post_init__(self) -> None:
         if not self.profiles:
@@ -53,7 +55,7 @@ class BuildConfig:
     def from_json(cls, data: Mapping[str, Any]) -> BuildConfig:
         """From what `to_json` gave."""
         profiles = tuple(ShapeProfile(**profile) for profile in data["profiles"])
-        return cls(profiles=profiles, dtype=DType(data["dtype"]), backend=data["backend"])
+        return cls(**{**data, "profiles": profiles, "dtype": DType(data["dtype"])})
 
 
 def fingerprint(*parts: object) -> str:

@@ -49,7 +49,9 @@ class Engines:
             BundleError: When the bundle has no such engine.
         """
         missing = [record for record in map(self._find, keys) if record.name not in self._loaded]
-        files = {name for record in missing for name in (record.file, record.weights)} - self._verified
+        files = {
+            name for record in missing for name in (record.graph(self.backend), record.weights)
+        } - self._verified
         self._bundle.verify(files)
         self._verified |= files
         with ThreadPoolExecutor() as pool:
@@ -69,7 +71,7 @@ class Engines:
 
     def _open(self, record: EngineRecord) -> Engine:
         return self.backend.load(
-            self._bundle.path / record.file,
+            self._bundle.path / record.graph(self.backend),
             record.inputs,
             record.outputs,
             dtype=record.dtype,

@@ -11,14 +11,16 @@ from typing import Any
 class Component(str, Enum):
     """A network of the model, or the part of one that is compiled on its own.
 
-    Named as in diffusers' `model_index.json`; encoder and decoder are halves of `vae`, and the U-Net comes in two
-    parts: what depends on the timestep alone, and the step.
+    Named as in diffusers' `model_index.json`; encoder and decoder are halves of `vae`, and the U-Net comes in parts:
+    what depends on the timestep, what depends on the text states, the step, and the step that reuses deep features.
     """
 
     TEXT_ENCODER = "text_encoder"
     TEXT_ENCODER_2 = "text_encoder_2"
     UNET_TIME = "unet_time"
+    UNET_CONTEXT = "unet_context"
     UNET = "unet"
+    UNET_SHALLOW = "unet_shallow"
     VAE_ENCODER = "vae_encoder"
     VAE_DECODER = "vae_decoder"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,24 +18,27 @@ from numpy.typing import NDArray
 from rt.arguments import (
     check_count,
     check_guidance,
+    check_guidance_interval,
     check_inpainting,
     check_latents,
     check_negative_prompts,
     check_output_type,
     check_prompts,
     check_seeds,
+    check_step_cache,
     unknown_argument,
 )
 from rt.backends import AUTO
 from rt.bundle import Bundle
+from rt.conditioning import Conditioning
 from rt.engines import EngineKey, Engines
 from rt.errors import ConfigError, NumericsError
 from rt.images import postprocess, to_pil
 from rt.inpainting import Inpainting, Picture
 from rt.model import Component
 from rt.noise import Generator
-from rt.samplers import Schedule, Scheduler
-from rt.session import Conditioning, OnStep, Row, Session
+from rt.samplers import Schedule, Scheduler, shorten
+from rt.session import OnStep, Row, Session
 from rt.shapes import ShapeProfile, choose_size, split_batch
 from rt.tokenizer import Tokenizer
 from rt.trajectory import Trajectory
@@ -146,6 +150,8 @@ class Pipeline:
         scheduler: str | Scheduler | None = None,
         image: Picture | None = None,
         mask_image: Picture | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        step_cache: int = 1,
         **unknown: object,
     ) -> PipelineOutput:
         """Draw `num_images_per_prompt` pictures of each prompt, prompt by prompt.
@@ -173,6 +179,10 @@ class Pipeline:
                 the checkpoint's own when left out.
             image: For an inpainting model: the picture to change, resized to the built size.
             mask_image: Bright where it is to be painted anew, from noise alone (diffusers' strength 1).
+            guidance_interval: Start and stop of guidance in parts of the schedule, see `rt.samplers.shorten`; steps
+                outside cost half, and the picture is another one.
+            step_cache: Of so many steps only one runs the whole U-Net, see `rt.samplers.shorten`; for a bundle that
+                was built with --step-cache. 1 runs it at every step; more is faster, and the picture is another one.
 
         Raises:
             ArgumentError: For a keyword that does not exist, with the nearest that does.
@@ -189,18 +199,23 @@ class Pipeline:
         seeds = check_seeds(seed, count)
         check_output_type(output_type)
         guidance_scale, guidance_rescale = check_guidance(guidance_scale, guidance_rescale)
+        guided = guidance_scale > 1
         size = choose_size(self._profiles, height, width)
         given = check_latents(latents, (count, *self.bundle.manifest.model.latent_shape(*size)))
-        schedule = self._schedule(scheduler, num_inference_steps, timesteps, eta)
+        schedule = shorten(
+            self._schedule(scheduler, num_inference_steps, timesteps, eta),
+            guidance_interval=check_guidance_interval(guidance_interval) if guided else (0.0, 1.0),
+            step_cache=check_step_cache(step_cache, built=self.bundle.manifest.config.step_cache),
+        )
         hole = check_inpainting(image, mask_image, size, wanted=self.bundle.manifest.model.inpainting)
 
         with self._turn():
             self._interrupt = False
             watch = _Stopwatch()
             with watch("load"):
-                self._load(size, count, guided=guidance_scale > 1, decode=output_type != "latent")
+                self._load(size, count, schedule, guided=guided, decode=output_type != "latent")
             with watch("text"):
-                pairs = self._encode(prompts, negatives, guided=guidance_scale > 1)
+                pairs = self._encode(prompts, negatives, guided=guided)
                 inpainting = None if hole is None else self._encode_picture(*hole)
             rows = [
                 Row(
@@ -245,11 +260,16 @@ class Pipeline:
             finally:
                 self._drawing = False
 
-    def _load(self, size: tuple[int, int], count: int, *, guided: bool, decode: bool) -> None:
+    def _load(
+        self, size: tuple[int, int], count: int, schedule: Schedule, *, guided: bool, decode: bool
+    ) -> None:
         batch_sizes = set(split_batch(count, (profile.batch_size for profile in self._profiles_of(size))))
         wanted: list[EngineKey] = [(encoder, None, False) for encoder in self._tokenizers]
-        wanted.append((Component.UNET_TIME, None, False))
-        wanted += [(Component.UNET, ShapeProfile(*size, batch), guided) for batch in batch_sizes]
+        wanted += [(Component.UNET_TIME, None, False), (Component.UNET_CONTEXT, None, False)]
+        for batch, step, full in itertools.product(batch_sizes, set(guided & schedule.guided), (True, False)):
+            if full or not schedule.full[guided & schedule.guided == step].all():
+                component = Component.UNET if full else Component.UNET_SHALLOW
+                wanted.append((component, ShapeProfile(*size, batch), bool(step)))
         if self.bundle.manifest.model.inpainting:
             wanted.append((Component.VAE_ENCODER, ShapeProfile(*size), False))
         if decode:

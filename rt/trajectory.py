@@ -78,6 +78,16 @@ class Trajectory:
         return float(self.schedule.timesteps[self.position])
 
     @property
+    def guided(self) -> bool:
+        """Whether guidance acts at this position."""
+        return bool(self.schedule.guided[self.position])
+
+    @property
+    def full(self) -> bool:
+        """Whether the network is to be run as a whole at this position."""
+        return bool(self.schedule.full[self.position])
+
+    @property
     def latents(self) -> Float32:
         """The current x (C, h, w), a view; assign into it to steer."""
         return self._slot(_X + self.position % _RING_X)

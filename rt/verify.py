@@ -69,7 +69,11 @@ def verify(bundle: Bundle, backend: Backend) -> Iterator[tuple[EngineRecord, dic
     bundle.verify()
     for record in bundle.manifest.engines:
         engine = backend.load(
-            bundle.path / record.file, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
+            bundle.path / record.graph(backend),
+            record.inputs,
+            record.outputs,
+            dtype=record.dtype,
+            threads=cpu_count(),
         )
         errors = compare(engine, bundle.path / record.reference, name=record.name, dtype=record.dtype)
         del engine  # before the next one takes its own memory

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # Set up and run the tests; arguments go to pytest.
 source "$(dirname "$0")/venv.sh" build,openvino,onnxruntime,plot,dev
-exec pytest "$@"
+# A file's tests stay on one worker, which builds what they share once.
+exec pytest --numprocesses auto --dist loadfile "$@"

@@ -24,20 +24,25 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`build_bundle(model, dtype="fp32", batch_size=(1,))`: each combination is built once a session."""
+    """`build_bundle(model, dtype="fp32", batch_size=(1,), step_cache=False)`: each is built once a session."""
     built: dict[tuple[object, ...], Path] = {}
 
-    def build_once(model: str | Path, dtype: str = "fp32", batch_size: tuple[int, ...] = (1,)) -> Path:
+    def build_once(
+        model: str | Path, dtype: str = "fp32", batch_size: tuple[int, ...] = (1,), step_cache: bool = False
+    ) -> Path:
         from rt.config import BuildConfig, DType
         from rt.export.build import build, default_profiles
         from rt.export.checkpoint import open_checkpoint
 
-        key = (str(model), dtype, batch_size)
+        key = (str(model), dtype, batch_size, step_cache)
         if key not in built:
             checkpoint = open_checkpoint(str(model))
             profiles = default_profiles(checkpoint, batch_size=batch_size)
             path = tmp_path_factory.mktemp("bundles") / "bundle"
-            build(checkpoint, path, BuildConfig(profiles=profiles, dtype=DType(dtype), backend="openvino"))
+            config = BuildConfig(
+                profiles=profiles, dtype=DType(dtype), backend="openvino", step_cache=step_cache
+            )
+            build(checkpoint, path, config)
             built[key] = path
         return built[key]
 

@@ -4,6 +4,7 @@ The rule is that of autocast, decided by what each op reads and by the magnitude
 - products (linear, convolution, attention, embedding) compute in half;
 - norms compute in fp32: sums over thousands of elements lose the small ones in half;
 - any op that gives or reads a value near the end of the format's range computes in fp32;
+- int8 operands stay as they are, and so do the products that read them;
 - the rest follows its inputs.
 Inputs and outputs of the graph stay fp32.
 """
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from rt.config import DType
 from rt.export.observe import Observation
+from rt.export.operators import HALVES
+from rt.export.passes.quantize import DEQUANTIZED, ROUNDED
 
 aten = torch.ops.aten
 TORCH_DTYPE = {DType.FP32: torch.float32, DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
@@ -49,7 +52,10 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
     half = TORCH_DTYPE[dtype]
     limit = torch.finfo(half).max / _HEADROOM
     wide = {name for name, value in seen.magnitudes.items() if value > limit}
-    islands: set[str] = set()
+    rounded = {node.name for node in module.graph.nodes if node.target in (ROUNDED, DEQUANTIZED)}
+    reads = {user.name for node in module.graph.nodes if node.target is DEQUANTIZED for user in node.users}
+    wide |= rounded
+    islands = rounded | reads
     grouped: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
     for node in module.graph.nodes:
         touched = [node.name, *(source.name for source in node.all_input_nodes)]
@@ -101,7 +107,10 @@ class _CastInterpreter(fx.Interpreter):
         if name in policy.islands:
             result = super().call_function(target, *_to(torch.float32, (args, kwargs)))
             return result if name in policy.wide else _to(policy.format, result)
-        if target in _PRODUCTS or policy.format in _dtypes((args, kwargs)):
+        if target in HALVES:
+            count = HALVES[target]
+            args = (*_to(policy.format, args[:count]), *args[count:])
+        elif target in _PRODUCTS or policy.format in _dtypes((args, kwargs)):
             args, kwargs = _to(policy.format, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
@@ -122,7 +131,11 @@ def _dtypes(tree: Any) -> set[torch.dtype]:
 def _weight(module: fx.GraphModule, node: fx.Node, half: torch.dtype, islands: set[str]) -> Any:
     """A weight in half, unless fp32 is all that reads it; the sinusoid's constants follow the timestep."""
     value = _attribute(module, str(node.target))
-    if not isinstance(value, nn.Parameter) or all(user.name in islands for user in node.users):
+    wide = all(
+        user.name in islands or node in user.args[HALVES.get(user.target, len(user.args)) :]
+        for user in node.users
+    )
+    if not isinstance(value, nn.Parameter) or wide:
         return value
     return nn.Parameter(value.to(half), requires_grad=False)
 

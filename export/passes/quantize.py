@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import onnxscript
 import torch
 from torch import Tensor, fx, nn
 
+from rt.export.operators import ops
+from rt.export.passes.shapes import attribute
+
 aten = torch.ops.aten
 onnx: Any = onnxscript.opset21  # its stubs do not know values that are being traced
-PRODUCTS = (aten.linear.default, aten.conv2d.default)
+_PRODUCTS = (aten.linear.default, aten.conv2d.default, ops.convolution.default)
 _UINT8 = 2  # onnx.TensorProto.UINT8
 
 
@@ -51,11 +53,14 @@ class Range:
 
 def products(module: fx.GraphModule) -> dict[str, fx.Node]:
     """The nodes that `quantize` can rewrite, by the name of their weight, in the order of the graph."""
-    return {
-        str(node.args[1].target): node
-        for node in module.graph.nodes
-        if node.target in PRODUCTS and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
-    }
+    found = {}
+    for node in module.graph.nodes:
+        weight = node.args[1] if node.target in _PRODUCTS else None
+        if isinstance(weight, fx.Node) and weight.target is aten.reshape.default:
+            weight = weight.args[0]  # a 1 × 1 convolution as a linear layer
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            found[str(weight.target)] = node
+    return found
 
 
 def quantize(
@@ -73,7 +78,7 @@ def quantize(
         for name, node in products(module).items()
         if name in (ranges if chosen is None else chosen)
     }
-    attributes = {n.target: _attribute(module, n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    attributes: dict[str, Tensor] = {n.target: attribute(n) for n in module.graph.nodes if n.op == "get_attr"}
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     rounded: dict[fx.Node, fx.Node] = {}
@@ -83,18 +88,29 @@ def quantize(
             continue
         source, name, seen = node.args[0], nodes[node], ranges[nodes[node]]
         if source not in rounded:  # queries, keys and values read one
-            rounded[source] = graph.call_function(_rounded, (copies[source], seen.scale, seen.zero))
-        stem = name.replace(".", "_")
-        for kind, value in zip(("int8", "scale"), _quantized(attributes[name]), strict=True):
-            attributes[f"{stem}_{kind}"] = nn.Parameter(value, requires_grad=False)
+            rounded[source] = graph.call_function(ROUNDED, (copies[source], seen.scale, seen.zero))
+        value, stem = attributes[name], name.replace(".", "_")
+        if node.target is aten.linear.default:
+            value = value.flatten(1)
+        for kind, part in zip(("int8", "scale"), _quantized(value), strict=True):
+            attributes[f"{stem}_{kind}"] = nn.Parameter(part, requires_grad=False)
         weight = graph.call_function(
-            _dequantized, (graph.get_attr(f"{stem}_int8"), graph.get_attr(f"{stem}_scale"))
+            DEQUANTIZED, (graph.get_attr(f"{stem}_int8"), graph.get_attr(f"{stem}_scale"))
         )
-        bias = fx.map_arg(node.args[2:], copies.__getitem__)
-        copies[node] = graph.call_function(node.target, (rounded[source], weight, *bias), node.kwargs)
+        rest = fx.map_arg(node.args[2:], copies.__getitem__)
+        copies[node] = _product(graph, node, rounded[source], weight, rest)
     graph.eliminate_dead_code()
     read = {node.target for node in graph.nodes if node.op == "get_attr"}
     return fx.GraphModule({name: value for name, value in attributes.items() if name in read}, graph)
+
+
+def _product(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node, rest: tuple[Any, ...]) -> fx.Node:
+    """The product `node` of other operands; ours that is channels last as the one that engines have in int8."""
+    if node.target is not ops.convolution.default:
+        return graph.call_function(node.target, (x, weight, *rest), node.kwargs)  # type: ignore[arg-type]
+    first = graph.call_function(aten.permute.default, (x, [0, 3, 1, 2]))
+    product = graph.call_function(aten.conv2d.default, (first, weight, *rest, [1, 1], [1, 1]))
+    return graph.call_function(aten.permute.default, (product, [0, 2, 3, 1]))
 
 
 def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +143,8 @@ def _(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=scale.dtype)
 
 
-_rounded, _dequantized = torch.ops.rt.rounded.default, torch.ops.rt.dequantized.default
+ROUNDED, DEQUANTIZED = ops.rounded.default, ops.dequantized.default
+"""What a product in int8 reads: its operands, rounded, in fp32."""
 
 
 def _onnx_rounded(x: Any, scale: float, zero: int) -> Any:
@@ -140,11 +157,7 @@ def _onnx_dequantized(weight: Any, scale: Any) -> Any:
 
 
 IN_ONNX: dict[Callable[..., Any], Callable[..., Any]] = {
-    _rounded: _onnx_rounded,
-    _dequantized: _onnx_dequantized,
+    ROUNDED: _onnx_rounded,
+    DEQUANTIZED: _onnx_dequantized,
 }
 """What the exporter makes of the two operators."""
-
-
-def _attribute(module: Any, target: str) -> Any:
-    return reduce(getattr, target.split("."), module)

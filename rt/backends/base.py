@@ -68,6 +68,9 @@ class Backend(Protocol):
     def arithmetic(self, dtype: DType) -> str:
         """The format of its floats for graphs of `dtype`: f32, bf16 or f16, as its library names it."""
 
+    def fuses(self, dtype: DType) -> bool:
+        """Whether it runs graphs of `dtype` faster that have the fused operators `rt::…` in them."""
+
     def load(
         self,
         path: Path,

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rt.backends import native
 from rt.backends.base import Array, Availability, broken, buffers, failure
 from rt.config import DType
 from rt.extras import install_line
@@ -47,6 +48,10 @@ class OpenVINO:
         wanted = dtype in (DType.BF16, DType.INT8)
         return "bf16" if wanted and "BF16" in self._capabilities else "f32"
 
+    def fuses(self, dtype: DType) -> bool:
+        """Where our kernels are built, and compute what it computes."""
+        return self.arithmetic(dtype) == "bf16" and bool(native.kernels())
+
     def load(
         self,
         path: Path,
@@ -78,7 +83,10 @@ class OpenVINO:
         finally:
             if telemetry is None:
                 del sys.modules["openvino_telemetry"]
-        return openvino.Core()
+        core = openvino.Core()
+        if native.kernels():
+            core.add_extension(native.LIBRARY)
+        return core
 
     @cached_property
     def _capabilities(self) -> list[str]:

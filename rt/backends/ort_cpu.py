@@ -49,6 +49,10 @@ class OnnxRuntime:
         """The format of the graph; that of an int8 graph's floats is f32."""
         return "f16" if dtype is DType.FP16 else "f32"
 
+    def fuses(self, dtype: DType) -> bool:
+        """Never: it would inline them."""
+        return False
+
     def load(
         self,
         path: Path,

@@ -54,6 +54,7 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
 @click.option(
     "--batch-size", type=whole_numbers, metavar=_LIST, default=(), help="Pictures at once, such as 1,4."
 )
+@click.option("--step-cache", is_flag=True, help="Also the shallow steps for rt run --step-cache.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--variant", help="Weights variant, such as fp16.")
 @click.option("--tokenizer", help="Folder or hub id of the vocabulary, for a single file.")
@@ -71,6 +72,7 @@ def command(
     height: tuple[int, ...],
     width: tuple[int, ...],
     batch_size: tuple[int, ...],
+    step_cache: bool,
     revision: str | None,
     variant: str | None,
     tokenizer: str | None,
@@ -105,7 +107,10 @@ def command(
         loras=[parse(lora) for lora in loras],
     )
     config = BuildConfig(
-        profiles=default_profiles(checkpoint, height, width, batch_size), dtype=chosen, backend=engine.name
+        profiles=default_profiles(checkpoint, height, width, batch_size),
+        dtype=chosen,
+        backend=engine.name,
+        step_cache=step_cache,
     )
     bundle = build(checkpoint, output, config, force=force, quiet=quiet)
     _report(bundle, why, time.perf_counter() - started)
@@ -125,5 +130,7 @@ def _report(bundle: Bundle, why: str, seconds: float) -> None:
     for engine in bundle.manifest.engines:
         worst = max(engine.error.values())
         logger.info("%s: %.1e from torch (%s)", engine.name, worst, engine.verified_with)
+        for record in engine.passes:
+            logger.info("%s: %s", engine.name, record)
     size = sum(record.size_bytes for record in bundle.manifest.files.values()) / 2**20
     click.echo(f"built in {seconds:.0f} s, {size:.0f} MiB; {why}", err=True)

@@ -11,6 +11,7 @@ import click
 
 import rt
 from rt.backends import BACKENDS
+from rt.backends.native import kernels
 from rt.config import DType
 from rt.extras import install_line, packages
 from rt.machine import Machine
@@ -39,6 +40,7 @@ def _report() -> dict[str, Any]:
             }
             for name, backend in BACKENDS.items()
         },
+        "kernels": {"instruction_set": kernels().instruction_set, "problem": kernels().problem},
         "extras": {
             extra: {
                 "missing": [p for p in packages(extra) if not _installed(p)],
@@ -61,6 +63,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
             continue
         lines.append(f"ok       {name} {engine['version']}")
         lines += [f"           {dtype}: {how}" for dtype, how in engine["computes"].items()]
+    native = report["kernels"]
+    if native["problem"]:
+        lines.append(f"unused   native kernels: {native['problem']}")
+    else:
+        lines.append(f"ok       native kernels: {native['instruction_set']}")
     for extra, state in report["extras"].items():
         use = {"build": "rt build", "plot": "rt bench --plot"}[extra]
         if state["missing"]:

@@ -38,6 +38,7 @@ def _describe(manifest: Manifest) -> list[str]:
         f"built      {manifest.created}, {config.dtype.value} for {config.backend}, {_mib(size)}",
         f"sizes      {', '.join(str(profile) for profile in config.profiles)} (pictures x height x width)",
         f"tokens     {model.max_tokens}",
+        *(["steps      full and shallow (rt run --step-cache)"] if config.step_cache else []),
         "engines",
     ]
     width = max(len(engine.name) for engine in manifest.engines)

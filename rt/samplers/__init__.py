@@ -22,7 +22,8 @@ Each sampler is one file here: its options, and a function that fills the table 
 """
 
 from rt.samplers.scheduler import SAMPLERS, Scheduler
+from rt.samplers.shortcuts import shorten
 from rt.samplers.spacing import SPACINGS
 from rt.samplers.table import Schedule
 
-__all__ = ["SAMPLERS", "SPACINGS", "Schedule", "Scheduler"]
+__all__ = ["SAMPLERS", "SPACINGS", "Schedule", "Scheduler", "shorten"]

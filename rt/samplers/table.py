@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ class Schedule:
         x_{i+1} = Σ_k a[i,k] · x_{i−k} + Σ_k b[i,k] · h_{i−k} + n[i] · z_i
 
     starting from x_0 = init_noise_sigma · (unit noise). The result is x_N. Coefficients of x and h from
-    before the first row are 0. All arrays are float32, read-only, and first indexed by row.
+    before the first row are 0. All coefficients are float32; arrays are read-only, and first indexed by row.
     """
 
     timesteps: Floats32
@@ -45,13 +46,19 @@ class Schedule:
     n: Floats32
     """(N,) a row draws fresh noise exactly if its entry is not 0."""
     init_noise_sigma: float
+    guided: NDArray[np.bool_] = field(default_factory=lambda: np.array(True))
+    """(N,) where guidance acts, in a run that has any; all rows unless `shorten` says otherwise."""
+    full: NDArray[np.bool_] = field(default_factory=lambda: np.array(True))
+    """(N,) where the network is run as a whole, rather than on the deep features of an earlier row; the first is."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "init_noise_sigma":
-                column = np.array(getattr(self, field.name), np.float32)
-                column.flags.writeable = False
-                object.__setattr__(self, field.name, column)
+        for name in (each.name for each in fields(self) if each.name != "init_noise_sigma"):
+            if name in ("guided", "full"):
+                column: NDArray[Any] = np.full(len(self.timesteps), getattr(self, name), np.bool_)
+            else:
+                column = np.array(getattr(self, name), np.float32)
+            column.flags.writeable = False
+            object.__setattr__(self, name, column)
 
     @property
     def noisy(self) -> NDArray[np.bool_]:

@@ -18,11 +18,12 @@ from rt.bench.bundle import find_profile, measure
 from rt.bench.report import Loop, Report, Settings
 from rt.bench.timing import Samples, watching
 from rt.bundle import Bundle
+from rt.conditioning import Conditioning
 from rt.errors import BackendUnavailableError, BundleError, ConfigError
 from rt.model import Component, ModelSpec
 from rt.noise import Generator
 from rt.samplers import Scheduler
-from rt.session import Conditioning, Row, Session
+from rt.session import Row, Session
 from rt.shapes import ShapeProfile
 
 QUICK = Settings(steps=2, guidance_scale=7.5, warmup=1, iterations=3)
@@ -36,8 +37,8 @@ class SleepingUNet:
         self.seconds = seconds
         self.inputs = {
             "latents": np.full(latents, np.nan, np.float32),
-            "time": np.full((2 * latents[0], 1), np.nan, np.float32),
-            "context": np.full((2 * latents[0], *context), np.nan, np.float32),
+            "time_0": np.full((latents[0], 1), np.nan, np.float32),
+            "context_0": np.full((2 * latents[0], *context), np.nan, np.float32),
         }
         self.outputs = {"prediction": np.full((2 * latents[0], *latents[1:]), np.nan, np.float32)}
 
@@ -46,16 +47,22 @@ class SleepingUNet:
         prediction = self.outputs["prediction"]
         prediction[...] = np.random.default_rng().standard_normal(prediction.shape)
 
-    def get(self, component: Component, *key: object, **guided: bool) -> SleepingUNet | NoTime:
-        return NoTime() if component is Component.UNET_TIME else self
+    def get(self, component: Component, *key: object, **guided: bool) -> SleepingUNet | Early:
+        context = self.inputs["context_0"][:1]
+        early = {
+            Component.UNET_TIME: Early(
+                "timestep", np.zeros(1, np.float32), "time_0", np.zeros((1, 1), np.float32)
+            ),
+            Component.UNET_CONTEXT: Early("context", context.copy(), "context_0", np.zeros_like(context)),
+        }
+        return early.get(component, self)
 
 
-class NoTime:
-    """Features of a timestep, for a network that does not look at them."""
+class Early:
+    """What is made of a timestep or a text, for a network that does not look at it."""
 
-    def __init__(self) -> None:
-        self.inputs = {"timestep": np.zeros(1, np.float32)}
-        self.outputs = {"time": np.zeros((1, 1), np.float32)}
+    def __init__(self, source: str, given: np.ndarray, name: str, made: np.ndarray) -> None:
+        self.inputs, self.outputs = {source: given}, {name: made}
 
     def enqueue(self) -> None:
         pass
@@ -103,6 +110,7 @@ def test_every_engine_and_the_whole_way_are_measured(tiny_bundle: Path, spec: Mo
     assert names == [
         "text encoder",
         "U-Net time",
+        "U-Net context",
         "U-Net step, guided",
         "U-Net step, unguided",
         "VAE decoder",
@@ -136,6 +144,7 @@ def test_each_batch_size_that_was_built(demo_bundle: Path) -> None:
     assert pictures == {
         "text encoder": 1,
         "U-Net time": 1,
+        "U-Net context": 1,
         "U-Net step, guided": 2,
         "U-Net step, unguided": 2,
         "VAE decoder": 1,

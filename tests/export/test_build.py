@@ -138,6 +138,7 @@ def test_a_profile_has_an_engine_with_and_one_without_guidance(one: Bundle) -> N
     assert engines == {
         "text_encoder": ("text_encoder", None, False),
         "unet_time": ("unet_time", None, False),
+        "unet_context": ("unet_context", None, False),
         "unet-1x16x16-guided": ("unet", SMALL, True),
         "unet-1x16x16": ("unet", SMALL, False),
         "vae_decoder-16x16": ("vae_decoder", SMALL, False),
@@ -158,10 +159,10 @@ def test_shapes_follow_the_profile_and_text_and_decoder_do_not_follow_the_batch(
     shapes = {
         e.name: {spec.name: spec.shape for spec in (*e.inputs, *e.outputs)} for e in several.manifest.engines
     }
-    assert len(shapes) == 2 + 3 * 2 + 2
+    assert len(shapes) == 3 + 3 * 2 + 2
     guided = shapes["unet-3x16x16-guided"]
     assert guided["latents"] == (3, 4, 4, 4) and guided["prediction"] == (6, 4, 4, 4)
-    assert guided["context"] == (6, 8, 32)
+    assert guided["context_0"] == (6, 32, 1, 1) and guided["time_0"] == (3, 32, 1, 1)
     assert shapes["unet-1x32x24"]["prediction"] == (1, 4, 8, 6)
     assert shapes["vae_decoder-32x24"] == {"latents": (1, 4, 8, 6), "image": (1, 32, 24, 3)}
 
@@ -299,13 +300,13 @@ def test_a_graph_with_two_weights_swapped_is_found(tmp_path: Path, monkeypatch: 
 
     def swap(program: Any, module: nn.Module, *rest: Any) -> None:
         square = [weight for weight in module.parameters() if weight.shape == (32, 32)]
-        if program.component is Component.UNET:
+        if program.component is Component.UNET_CONTEXT:
             square[0].data, square[1].data = square[1].data, square[0].data
         lower(program, module, *rest)
 
     monkeypatch.setattr(build_module, "lower", swap)
     with pytest.raises(
-        AccuracyError, match=r"^unet-1x16x16-guided: output 'prediction' is .* away from torch"
+        AccuracyError, match=r"^unet_context: output 'context_0' is .* away from torch"
     ) as error:
         build(toy(), tmp_path / "bundle", config())
     assert "\n" not in str(error.value) and not any(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from rt.backends import get
 from rt.bundle import Bundle
 from rt.config import DType
 from rt.export.lower import OPSET, WeightFile, lower
-from rt.export.trace import Program
+from rt.export.program import Program
 from rt.model import Component
 from rt.shapes import TensorSpec
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,21 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rt.config import DType
-from rt.errors import NumericsError
+from rt.errors import BuildError, NumericsError
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
 from rt.export.passes.cast import cast
+from rt.export.passes.cost import cost, moved
+from rt.export.passes.fold import fold
+from rt.export.passes.hoist import hoist
+from rt.export.passes.shallow import split_shallow
+from rt.export.passes.shapes import value
 from rt.export.passes.simplify import simplify
-from rt.export.trace import Program
+from rt.export.passes.sink import repeated, sink
+from rt.export.program import Program
 from rt.model import Component
 
 aten = torch.ops.aten
@@ -254,21 +262,183 @@ class Blocks(nn.Module):
 
 
 def test_hoist_splits_by_data_dependence_alone() -> None:
-    from rt.export.passes.hoist import hoist
-
     module, x, timestep = Blocks().eval(), torch.randn(3, 4), torch.rand(3) * 999
     with torch.no_grad():
         exported = torch.export.export(module, (), {"x": x, "timestep": timestep}, strict=False)
-        early, late = hoist(exported.module(check_guards=False), "timestep", "time")
-        (time,) = early(timestep)
-        (got,) = late(x, time)
+        early, late = hoist(exported.module(check_guards=False), ["timestep"], "time")
+        time = early(timestep)
+        (got,) = late(x, *time)
         (expected,) = module(x, timestep)
-        (other,) = late(x, early(timestep + 1)[0])
-    assert time.shape == (3, 4 + 3), "both projections, side by side"
+        (other,) = late(x, *early(timestep + 1))
+    assert [value.shape for value in time] == [(3, 4), (3, 3)], "both projections"
     torch.testing.assert_close(got, expected)
     assert not torch.allclose(other, expected)
-    assert {node.target for node in late.graph.nodes if node.op == "placeholder"} == {"x", "time"}
+    assert [n.target for n in late.graph.nodes if n.op == "placeholder"] == ["x", "time_0", "time_1"]
     assert {name for name, _ in late.named_parameters()} == {"mix.weight", "mix.bias"}
     assert not {"sin", "cos", "silu"} & {
         str(n.target).split(".")[1] for n in late.graph.nodes if "aten" in str(n.target)
     }
+
+
+def rewritten(net: nn.Module, rewrite: Any, **inputs: Tensor) -> fx.GraphModule:
+    """The module after a pass, which gives what it gave before, on fresh inputs, too."""
+    with torch.no_grad():
+        module = rewrite(program(net, **inputs).module)
+        for given in (inputs, {name: torch.randn_like(value) for name, value in inputs.items()}):
+            torch.testing.assert_close(module(**given), net(**given), rtol=1e-5, atol=1e-5)
+    for node in module.graph.nodes:
+        assert node.op in ("output", "get_attr") or "val" in node.meta, f"{node} has no shape"
+    return module
+
+
+class Constants(nn.Module):
+    """A table of constants, and arithmetic that changes nothing beside some that looks like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        table = torch.exp(torch.arange(4) / 4)
+        nothing = ((x / 1.0) * 1 + 0).reshape(3, 4).expand(3, 4) - 0
+        return self.linear(nothing * table + 1) / 2, whole / 1.0
+
+
+def test_fold_computes_constants_and_drops_what_changes_nothing() -> None:
+    x, whole = torch.randn(3, 4), torch.randint(9, (3,))
+    net = Constants()
+    after = fold(program(net, x=x, whole=whole).module)
+    names = [str(target).split(".")[1] for target in targets(after)]
+    assert names == ["mul", "add", "linear", "div", "div"], "a whole number divided is a float"
+    with torch.no_grad():
+        for got, expected in zip(after(x=x, whole=whole), net(x, whole), strict=True):
+            assert torch.equal(got, expected) and got.dtype == expected.dtype
+
+
+class Halves(nn.Module):
+    """Repeats its input as guidance does, then treats rows alike, then mixes in a text, with a skip connection."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda h: h) -> None:
+        super().__init__()
+        self.conv_in, self.conv_out = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+        self.norm, self.q, self.k = nn.GroupNorm(2, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.change = change
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor]:
+        skip = self.conv_in(torch.cat([x, x]))
+        h = self.change(nn.functional.silu(self.norm(skip)))
+        rows = self.q(h.permute(0, 2, 3, 1).reshape(len(h), 36, 8)).view(-1, 36, 2, 4).transpose(1, 2)
+        keys = self.k(text).view(-1, 5, 2, 4).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(rows, keys, keys)
+        h = skip + mixed.transpose(1, 2).reshape(len(h), 6, 6, 8).permute(0, 3, 1, 2)
+        return (self.conv_out(torch.cat([h, skip], dim=1)),)
+
+
+def rows_of(module: fx.GraphModule, target: Any) -> list[int]:
+    return [len(value(node)) for node in module.graph.nodes if node.target is target]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sink_moves_the_repeat_to_where_the_text_comes_in(batch: int) -> None:
+    x, text = torch.randn(batch, 4, 6, 6), torch.randn(2 * batch, 5, 8)
+    module = rewritten(Halves(), sink, x=x, text=text)
+    assert rows_of(module, aten.conv2d.default) == [batch, 2 * batch]
+    assert rows_of(module, aten.group_norm.default) == rows_of(module, aten.silu.default) == [batch]
+    assert rows_of(module, aten.linear.default) == [batch, 2 * batch]
+    nodes = [*module.graph.nodes]
+    queries, skip = [node for node in nodes if repeated(node) is not None]
+    attention = next(n for n in nodes if n.target is aten.scaled_dot_product_attention.default)
+    assert attention.args[0] is queries
+    assert nodes.index(attention) < nodes.index(skip), "late"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.flip(0),
+        lambda h: h.softmax(0),
+        lambda h: h - h.mean(0, keepdim=True) * 2,
+        lambda h: h + torch.arange(6.0)[:, None, None, None],
+        lambda h: h.transpose(0, 1).reshape(h.shape),
+        lambda h: torch.cat([h[1:], h[:1]]),
+        lambda h: h * h.flatten(1).sum(),
+        lambda h: h.permute(1, 0, 2, 3).reshape(h.shape),
+        lambda h: torch.cat([h.chunk(2)[1] * 3, h.chunk(2)[0]]),
+        lambda h: nn.functional.layer_norm(h, h.shape),
+    ],
+)
+def test_sink_stops_where_rows_meet(change: Callable[[Tensor], Tensor]) -> None:
+    """Ops that mix or tell apart the rows of a batch see all of them."""
+    rewritten(Halves(change), sink, x=torch.randn(3, 4, 6, 6), text=torch.randn(6, 5, 8))
+
+
+def test_sink_without_a_repeat_changes_nothing() -> None:
+    before = program(Blocks(), x=torch.randn(3, 4), timestep=torch.rand(3))
+    assert targets(sink(before.module)) == targets(before.module)
+
+
+class Skips(nn.Module):
+    """Two levels with skip connections: the outer one costs little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 32, 3, padding=1)])
+        self.middle = nn.Conv2d(32, 32, 3, padding=1)
+        self.up = nn.ModuleList([nn.Conv2d(64, 8, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)])
+
+    def forward(self, latents: Tensor) -> tuple[Tensor]:
+        outer = self.down[0](latents)
+        inner = self.down[1](outer)
+        h = self.up[0](torch.cat([self.middle(inner), inner], dim=1))
+        return (self.up[1](torch.cat([h, outer], dim=1)),)
+
+
+def test_the_shallow_step_is_what_costs_least_of_those_that_see_the_latents() -> None:
+    latents, net = torch.randn(2, 4, 6, 6), Skips()
+    full, shallow = split_shallow(program(net, latents=latents).module, "latents", "deep")
+    with torch.no_grad():
+        prediction, deep = full(latents)
+        assert torch.equal(prediction, net(latents)[0])
+        assert torch.equal(shallow(latents, deep)[0], prediction), "exact on the latents of the full step"
+        assert not torch.equal(shallow(latents + 1, deep)[0], prediction)
+    assert deep.shape == (2, 8, 6, 6)
+    assert {name for name, _ in shallow.named_parameters()} == {
+        f"{conv}.{kind}" for conv in ("down.0", "up.1") for kind in ("weight", "bias")
+    }
+
+
+def test_a_network_without_skip_connections_has_no_shallow_step() -> None:
+    module = program(Normed(), x=torch.randn(4, 32), tokens=torch.randint(10, (4,))).module
+    with pytest.raises(BuildError, match=r"no skip connection to cut at.*build without --step-cache"):
+        split_shallow(module, "x", "deep")
+
+
+def test_cost_counts_products_and_what_moves() -> None:
+    x, text = torch.randn(1, 4, 6, 6), torch.randn(2, 5, 8)
+    module = simplify(program(Halves(), x=x, text=text).module)
+    convolutions = 2 * (2 * 8 * 36) * (4 * 9) + 2 * (2 * 4 * 36) * (16 * 9)
+    linears = 2 * (2 * 36 * 8) * 8 + 2 * (2 * 5 * 8) * 8
+    attention = 2 * 2 * (2 * 2 * 36 * 5 * 4)
+    assert cost(module).flops == convolutions + linears + attention
+    assert cost(module).nodes == len(targets(module))
+    silu = next(node for node in module.graph.nodes if node.target is aten.silu.default)
+    assert moved(silu) == 2 * (2 * 8 * 36) * 4
+    view = next(node for node in module.graph.nodes if node.target is aten.view.default)
+    assert moved(view) == 0
+
+
+class Products(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 8, 3, stride=2, groups=2), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        h = self.linear(self.conv(x).flatten(2).transpose(1, 2))
+        return (torch.bmm(h, h.transpose(1, 2)) @ h,)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    x, net = torch.randn(2, 4, 9, 9), Products()
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    assert cost(program(net, x=x).module).flops == counter.get_total_flops()

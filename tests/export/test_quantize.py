@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from rt.backends import get
 from rt.bundle import Bundle
 from rt.config import DType
-from rt.export.calibrate import choose
+from rt.export.calibrate import Calibration, costly
 from rt.export.lower import WeightFile, lower
 from rt.export.passes.quantize import Range, products, quantize
-from rt.export.trace import Program
+from rt.export.program import Program
 from rt.model import Component
 from rt.verify import TOLERANCE, compare
 
@@ -175,8 +175,10 @@ def test_what_costs_much_error_and_saves_little_work_stays_in_floats() -> None:
     module = torch.export.export(Diluted().eval(), (), {"x": x}, strict=False).module(check_guards=False)
     seen = dict.fromkeys(("large.weight", "small.weight"), Range.of(x))
     with torch.no_grad():
-        chosen, (words,) = choose(module, seen, {"x": x})  # type: ignore[arg-type]
-    assert chosen == {"large.weight"}
+        kept = costly(module, seen, {"x": x})  # type: ignore[arg-type]
+    calibration = Calibration(ranges=seen, kept=kept)
+    (words,) = calibration.islands(module)  # type: ignore[arg-type]
+    assert calibration.chosen == {"large.weight"}
     assert words == "1 of 2 products: 100% of its squared error, 0.4% of the work"
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rt.export.checkpoint import Checkpoint, open_checkpoint
-from rt.export.trace import Program, trace
+from rt.export.program import Program
+from rt.export.trace import trace
 from rt.model import Component, Family
 from rt.shapes import ShapeProfile
 
@@ -103,7 +104,7 @@ def test_unet(opened, family, generator):
     """With guidance, the unconditional rows come first and both halves see the same latents and timesteps."""
     checkpoint = opened(family)
     profile = square(checkpoint, batch_size=2)
-    module, (early, *traced) = programs(checkpoint, Component.UNET, profile)
+    module, (time, context, *traced) = programs(checkpoint, Component.UNET, profile)
     assert [program.guided for program in traced] == [True, False]
     for program in traced:
         check_form(program)
@@ -112,22 +113,31 @@ def test_unet(opened, family, generator):
         timestep = torch.rand(2, generator=generator) * 999
         assert len(inputs["latents"]) == 2
         repeat = 2 if program.guided else 1
-        inputs["time"] = run(early, {"timestep": timestep.repeat(2)})["time"][: 2 * repeat]
+        states = torch.randn(2 * repeat, *context.inputs["context"].shape[1:], generator=generator)
+        each = [run(context, {"context": row[None]}) for row in states]
+        inputs |= {name: torch.cat([row[name] for row in each]) for name in context.outputs}
+        moments = {name: torch.randn(value.shape, generator=generator) for name, value in time.inputs.items()}
+        moments["timestep"][: 2 * repeat] = timestep.repeat(repeat)
+        inputs |= {name: made[: len(inputs[name])] for name, made in run(time, moments).items()}
         added = None
         if family is Family.SDXL:
-            inputs["sizes"] = torch.rand(inputs["sizes"].shape, generator=generator) * 1024
-            added = {"text_embeds": inputs["pooled"], "time_ids": inputs["sizes"]}
+            added = {
+                "text_embeds": moments["pooled"][: 2 * repeat],
+                "time_ids": moments["sizes"][: 2 * repeat],
+            }
+        assert len(inputs["time_0"]) == (2 * repeat if family is Family.SDXL else 2), "shared by both halves"
         with torch.no_grad():
             expected = module(
                 inputs["latents"].repeat(repeat, 1, 1, 1),
                 timestep.repeat(repeat),
-                inputs["context"],
+                states,
                 added_cond_kwargs=added,
             ).sample
         got = run(program, inputs)["prediction"]
         assert close(got, expected)
-        for name, value in inputs.items():
-            other = {**inputs, name: torch.roll(value, 1) * 1.5 + 0.1}
+        for name in {name.partition("_")[0] for name in inputs}:
+            changed = {k: torch.roll(v, 1) * 1.5 + 0.1 for k, v in inputs.items() if k.startswith(name)}
+            other = {**inputs, **changed}
             assert not close(run(program, other)["prediction"], expected), f"{name} is not read"
 
 
@@ -153,8 +163,13 @@ def test_one_program_a_shape(opened):
     many = (wide, ShapeProfile(wide.height, wide.width, 3), tall)
     _, decoders = programs(checkpoint, Component.VAE_DECODER, *many)
     assert [program.profile for program in decoders] == [wide, ShapeProfile(tall.height, tall.width)]
-    _, (early, *unets) = programs(checkpoint, Component.UNET, wide, tall)
-    assert (early.component, early.profile, early.outputs) == (Component.UNET_TIME, None, ("time",))
+    _, (time, context, *unets) = programs(checkpoint, Component.UNET, wide, tall)
+    assert (time.component, time.profile, len(time.inputs["timestep"])) == (Component.UNET_TIME, None, 16)
+    assert (context.component, context.profile, len(context.inputs["context"])) == (
+        Component.UNET_CONTEXT,
+        None,
+        1,
+    )
     assert [(program.profile, program.guided) for program in unets] == [
         (wide, True),
         (wide, False),
@@ -174,13 +189,13 @@ def test_weights_are_shared_and_inputs_are_the_same_each_time(opened):
     again = list(trace(Component.UNET, module, checkpoint.spec, (square(checkpoint),)))
     own = {parameter.data_ptr() for parameter in module.parameters()}
     held = [{parameter.data_ptr() for parameter in program.module.parameters()} for program in first]
-    early, *steps = held
+    time, context, *steps = held
     for step in steps:
-        assert not early & step
-        assert early | step == own
+        assert not (time & step or context & step or time & context)
+        assert time | context | step == own
     for program, other in zip(first, again, strict=True):
         for name, value in program.inputs.items():
             assert torch.equal(value, other.inputs[name])
     profile = square(checkpoint)
     expected = [float(x) for x in (profile.height, profile.width, 0, 0, profile.height, profile.width)]
-    assert first[1].inputs["sizes"].tolist() == [expected] * 2
+    assert first[0].inputs["sizes"].tolist() == [expected] * 16

@@ -191,7 +191,8 @@ def test_what_is_no_picture(pipe: Pipeline, tmp_path: Path) -> None:
 
 def test_an_encoder_that_overflows_is_named(bundle: Path) -> None:
     broken = Pipeline.from_bundle(bundle)
-    broken._load((SIDE, SIDE), 1, guided=False, decode=False)
+    schedule = broken._schedule(None, 2, None, None)
+    broken._load((SIDE, SIDE), 1, schedule, guided=False, decode=False)
     record = next(name for name in broken.engines._loaded if name.startswith("vae_encoder"))
     broken.engines._loaded[record].outputs["mean"][...] = np.nan
     broken.engines._loaded[record].enqueue = lambda: None

@@ -12,12 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from rt.bundle import Bundle
+from rt.conditioning import Conditioning
 from rt.engines import Engines
 from rt.errors import ConfigError, NumericsError
 from rt.model import Component, Family, ModelSpec
 from rt.noise import Generator
-from rt.samplers import Schedule, Scheduler
-from rt.session import Conditioning, Row, Session
+from rt.samplers import Schedule, Scheduler, shorten
+from rt.session import Row, Session
 from rt.shapes import ShapeProfile
 from rt.trajectory import Trajectory
 
@@ -50,20 +51,19 @@ SHAPE = (4, 6, 8)
 class FakeUNet:
     """Rows of any network: each depends on its own inputs alone, and not linearly.
 
-    `poison` is what it gives in the rows from `drawn` on, which nobody should look at.
+    A full step also gives `deep`, half of its latents; a shallow one adds the `deep` that it reads to its prediction.
     """
 
-    def __init__(self, *, guided: bool, pooled: bool = False) -> None:
+    def __init__(self, *, guided: bool, pooled: bool = False, shallow: bool = False) -> None:
         rows = BATCH * (2 if guided else 1)
+        # Both sides of a picture share a row of time, unless it is mixed with text.
         self.inputs: dict[str, Any] = {
             "latents": np.full((BATCH, *SHAPE), np.nan, np.float32),
-            "time": np.full((rows, 1), np.nan, np.float32),
-            "context": np.full((rows, TOKENS, CONTEXT), np.nan, np.float32),
+            "time_0": np.full((rows if pooled else BATCH, 1, 1, 1), np.nan, np.float32),
+            "context_0": np.full((rows, TOKENS, CONTEXT), np.nan, np.float32),
         }
-        if pooled:
-            self.inputs["pooled"] = np.full((rows, POOLED), np.nan, np.float32)
-            self.inputs["sizes"] = np.full((rows, 6), np.nan, np.float32)
         self.outputs: dict[str, Any] = {"prediction": np.full((rows, *SHAPE), np.nan, np.float32)}
+        (self.inputs if shallow else self.outputs)["deep"] = np.full((rows, *SHAPE), np.nan, np.float32)
         self.poisoned: list[Callable[[], Sequence[int]]] = []
         self.calls = 0
 
@@ -72,36 +72,63 @@ class FakeUNet:
         for name, array in self.inputs.items():
             assert np.isfinite(array).all(), f"{name} was not written"
         prediction = self.outputs["prediction"]
-        for row, context in enumerate(self.inputs["context"]):
-            x, t = self.inputs["latents"][row % BATCH], self.inputs["time"][row, 0]
+        for row, context in enumerate(self.inputs["context_0"]):
+            time = self.inputs["time_0"]
+            x, t = self.inputs["latents"][row % BATCH], time[row % len(time), 0]
             prediction[row] = np.tanh(x * context.mean() + np.roll(x, 1, -1) * context[0, 0] + t / 500 - 1)
+            if "deep" in self.inputs:
+                prediction[row] += self.inputs["deep"][row]
+            else:
+                self.outputs["deep"][row] = x / 2
         for rows in self.poisoned:
             for row in rows():
                 prediction[row::BATCH] = np.nan
 
 
 class FakeTime:
-    """Gives each timestep back as its only feature."""
+    """Gives each timestep back as its only feature, plus what it is told of the text and the picture's size."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pooled: bool) -> None:
         self.inputs = {"timestep": np.full(3, np.nan, np.float32)}
-        self.outputs = {"time": np.full((3, 1), np.nan, np.float32)}
+        if pooled:
+            self.inputs["pooled"] = np.full((3, POOLED), np.nan, np.float32)
+            self.inputs["sizes"] = np.full((3, 6), np.nan, np.float32)
+        self.outputs = {"time_0": np.full((3, 1, 1, 1), np.nan, np.float32)}
 
     def enqueue(self) -> None:
-        self.outputs["time"][:, 0] = self.inputs["timestep"]
+        features = self.inputs["timestep"].copy()
+        if "pooled" in self.inputs:
+            assert (self.inputs["sizes"] == [48, 64, 0, 0, 48, 64]).all()
+            features += 1000 * self.inputs["pooled"][:, 0]
+        self.outputs["time_0"][:, 0, 0, 0] = features
+
+
+class FakeContext:
+    """Gives the states back, doubled."""
+
+    def __init__(self) -> None:
+        self.inputs = {"context": np.full((1, TOKENS, CONTEXT), np.nan, np.float32)}
+        self.outputs = {"context_0": np.full((1, TOKENS, CONTEXT), np.nan, np.float32)}
+        self.calls = 0
+
+    def enqueue(self) -> None:
+        self.calls += 1
+        np.multiply(self.inputs["context"], 2, out=self.outputs["context_0"])
 
 
 class FakeEngines:
     def __init__(self, *, pooled: bool = False) -> None:
         self.loaded = {guided: FakeUNet(guided=guided, pooled=pooled) for guided in (False, True)}
+        self.shallow = {g: FakeUNet(guided=g, pooled=pooled, shallow=True) for g in (False, True)}
+        self.time, self.context = FakeTime(pooled=pooled), FakeContext()
 
-    def get(
-        self, component: Component, profile: ShapeProfile | None = None, *, guided: bool = False
-    ) -> FakeUNet | FakeTime:
-        if component is Component.UNET_TIME:
-            return FakeTime()
-        assert (component, profile) == (Component.UNET, PROFILE)
-        return self.loaded[guided]
+    def get(self, component: Component, profile: ShapeProfile | None = None, *, guided: bool = False) -> Any:
+        once = {Component.UNET_TIME: self.time, Component.UNET_CONTEXT: self.context}
+        if component in once:
+            assert profile is None and not guided
+            return once[component]
+        assert profile == PROFILE
+        return {Component.UNET: self.loaded, Component.UNET_SHALLOW: self.shallow}[component][guided]
 
 
 @pytest.fixture
@@ -196,7 +223,7 @@ def test_a_failed_run_leaves_nothing_behind(engines, session, rng):
         session.denoise([make() for make in makes])
     unet.poisoned.clear()
     unet.outputs["prediction"].fill(np.nan)
-    unet.inputs["context"].fill(np.nan)
+    unet.inputs["context_0"].fill(np.nan)
     for got, want in zip(denoise(session, makes), expected, strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -210,16 +237,16 @@ def test_what_the_network_is_told(engines, session, rng):
     session.denoise(rows)
     padded = [*rows, rows[-1], rows[-1]]
     for inputs in seen:
-        np.testing.assert_array_equal(inputs["context"][:BATCH], [row.uncond.states for row in padded])
-        np.testing.assert_array_equal(inputs["context"][BATCH:], [row.cond.states for row in padded])
+        np.testing.assert_array_equal(inputs["context_0"][:BATCH], [2 * row.uncond.states for row in padded])
+        np.testing.assert_array_equal(inputs["context_0"][BATCH:], [2 * row.cond.states for row in padded])
+    assert engines.context.calls == 2 * len(rows), "once a text"
     for i, make in enumerate(makes):
         row = make()
         start = row.noise.randn(SHAPE) if row.latents is None else row.latents
         first = start * np.float32(row.schedule.init_noise_sigma) * row.schedule.c_in[0]
         np.testing.assert_allclose(seen[0]["latents"][i], first, rtol=1e-6)
-        for place in (i, BATCH + i):
-            told = [inputs["time"][place, 0] for inputs in seen[: len(row.schedule)]]
-            np.testing.assert_array_equal(told, row.schedule.timesteps)
+        told = [inputs["time_0"][i, 0, 0, 0] for inputs in seen[: len(row.schedule)]]
+        np.testing.assert_array_equal(told, row.schedule.timesteps)
 
 
 def test_rows_with_guidance_and_without_do_not_mix(engines, session, rng):
@@ -255,12 +282,109 @@ def test_sdxl_is_told_the_pooled_text_and_the_size(rng, guided):
         for c, u in ((cond, uncond), (cond2, uncond2))
     ]
     Session(engines, SPEC, PROFILE).denoise(rows)  # type: ignore[arg-type]
-    inputs = engines.loaded[guided].inputs
-    assert (inputs["sizes"] == [48, 64, 0, 0, 48, 64]).all()
-    expected = [pooled[0], *[pooled[2]] * 4]
-    np.testing.assert_array_equal(
-        inputs["pooled"], [pooled[1], *[pooled[3]] * 4, *expected] if guided else expected
+    told = engines.loaded[guided].inputs["time_0"].reshape(-1, BATCH)[:, :2]
+    last = rows[0].schedule.timesteps[-1]
+    expected = [pooled[[1, 3], 0], pooled[[0, 2], 0]] if guided else [pooled[[0, 2], 0]]
+    np.testing.assert_allclose(told, last + 1000 * np.array(expected), rtol=1e-6)
+
+
+def counts(engines: FakeEngines) -> dict[str, int]:
+    return {
+        "guided": engines.loaded[True].calls,
+        "unguided": engines.loaded[False].calls,
+        "shallow guided": engines.shallow[True].calls,
+        "shallow unguided": engines.shallow[False].calls,
+    }
+
+
+def shortened(make: Make, steps: int, **shortcuts: Any) -> Row:
+    return replace(make(), schedule=shorten(schedule_of("euler", steps), **shortcuts))
+
+
+def test_steps_outside_the_guidance_interval_run_without_it(engines, session, rng):
+    make = recipes(rng, guided=True)[0]
+    session.denoise([shortened(make, 10, guidance_interval=(0.2, 0.7))])
+    assert counts(engines) == {"guided": 5, "unguided": 5, "shallow guided": 0, "shallow unguided": 0}
+    assert engines.context.calls == 2, "both programs share what was made of a text"
+
+
+def test_without_guidance_an_interval_changes_nothing(engines, session, rng):
+    make = recipes(rng, guided=False)[0]
+    plain = denoise(session, [lambda: shortened(make, 10)])
+    part = denoise(session, [lambda: shortened(make, 10, guidance_interval=(0.2, 0.7))])
+    np.testing.assert_array_equal(plain, part)
+    assert engines.loaded[True].calls == 0
+
+
+def test_a_step_outside_the_interval_follows_the_prompt_alone(session, rng):
+    """Guided at the first of two steps only: the second is that of a run without guidance from there."""
+    make = recipes(rng, guided=True)[0]
+    kept = []
+    session.denoise(
+        [shortened(make, 2, guidance_interval=(0, 0.5))], lambda step, ts: kept.append(ts[0].latents.copy())
     )
+    got = session.denoise([shortened(make, 2, guidance_interval=(0, 0.5))])[0].copy()
+
+    def steer(step: int, trajectories: Sequence[Trajectory]) -> bool:
+        if step == 0:
+            trajectories[0].latents[...] = kept[0]
+        return True
+
+    expected = session.denoise([replace(shortened(make, 2), uncond=None)], steer)[0]
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_shallow_steps_read_what_the_last_full_step_kept(engines, session, rng):
+    makes = recipes(rng, guided=True)[:2]
+    seen: list[tuple[str, Float32]] = []
+    for name, unet in (("full", engines.loaded[True]), ("shallow", engines.shallow[True])):
+
+        def watched(run=unet.enqueue, name=name, unet=unet) -> None:
+            run()
+            seen.append((name, (unet.outputs | unet.inputs)["deep"].copy()))
+
+        unet.enqueue = watched
+    rows = [shortened(make, 8, step_cache=3) for make in makes]
+    session.denoise(rows)
+    assert [name for name, _ in seen] == ["full", "shallow", "shallow"] * 2 + ["full", "shallow"]
+    for (name, deep), (_, before) in zip(seen[1:], seen[:-1], strict=True):
+        assert np.array_equal(deep, before) is (name == "shallow")
+    seen.clear()
+    session.denoise([shortened(makes[0], 1, step_cache=3)])
+    assert [name for name, _ in seen] == ["full"], "nothing is left of the run before"
+
+
+def test_the_first_step_of_a_program_is_full(engines, session, rng):
+    session.denoise([shortened(recipes(rng, guided=True)[0], 10, guidance_interval=(0.3, 0.7), step_cache=3)])
+    assert counts(engines) == {"guided": 2, "unguided": 2, "shallow guided": 2, "shallow unguided": 4}
+
+
+def test_rows_that_disagree_get_a_full_step(engines, session, rng):
+    """One row caches and one does not: every step is full, and both are drawn as they are without a cache."""
+    makes = recipes(rng, guided=True)[:2]
+    got = denoise(session, [lambda: shortened(makes[0], 6, step_cache=3), lambda: shortened(makes[1], 6)])
+    assert counts(engines) == {"guided": 6, "unguided": 0, "shallow guided": 0, "shallow unguided": 0}
+    np.testing.assert_array_equal(got, denoise(session, [lambda m=m: shortened(m, 6) for m in makes]))
+
+
+def test_rows_that_disagree_on_guidance_share_the_guided_program(engines, session, rng):
+    """A row outside its interval does not look at the unconditional output that is there."""
+    makes = recipes(rng, guided=True)[:2]
+    both = [
+        lambda: shortened(makes[0], 6, guidance_interval=(0, 0.5)),
+        lambda: shortened(makes[1], 6, guidance_interval=(0.5, 1)),
+    ]
+    together = denoise(session, both)
+    assert counts(engines) == {"guided": 6, "unguided": 0, "shallow guided": 0, "shallow unguided": 0}
+    for got, make in zip(together, both, strict=True):
+        np.testing.assert_array_equal(got, denoise(session, [make])[0])
+
+
+def test_what_the_text_gives_must_be_finite(engines, session, rng):
+    row = recipes(rng, guided=True)[0]()
+    row.cond.states[0, 0] = np.inf
+    with pytest.raises(NumericsError, match=r"^unet_context gave NaN or Inf; build with"):
+        session.denoise([row])
 
 
 def test_on_step_stops_the_run(engines, session, rng):

@@ -1,0 +1,235 @@
+"""The fused operators `rt::…` that native kernels replace: for torch with their reference, for ONNX as functions.
+
+Tensors are channels last. Sums and whatever is not a product compute in fp32; the result has the format of the first
+argument. `kernels/native/kernels.h` has the same operators for the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import onnx
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from onnxscript.values import Opset
+from torch import Tensor
+
+from rt.export.passes.cost import FLOPS
+from rt.export.passes.shapes import value
+
+DOMAIN, VERSION = "rt", 1
+
+
+@torch.library.custom_op("rt::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """softmax(q kᵀ / √d) v: (B, L, H · d), (B, S, H · d), (B, S, H · d) → (B, L, H · d)."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op("rt::group_norm", mutates_args=())
+def group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
+    """(B, …, C), normalised over the pixels and the C / groups channels of each group, then SiLU if asked for."""
+    y = F.group_norm(x.movedim(-1, 1).float(), groups, scale.float(), shift.float(), epsilon).movedim(1, -1)
+    return (F.silu(y) if silu else y).to(x.dtype).contiguous()
+
+
+@torch.library.custom_op("rt::geglu", mutates_args=())
+def geglu(x: Tensor) -> Tensor:
+    """(…, 2F) → (…, F): the first half times the GELU of the second, https://arxiv.org/abs/2002.05202."""
+    hidden, gate = x.float().chunk(2, -1)
+    return (hidden * F.gelu(gate)).to(x.dtype)
+
+
+@torch.library.custom_op("rt::convolution", mutates_args=())
+def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3 × 3, stride 1, zeros around: (B, H, W, I) by (O, I, 3, 3) → (B, H, W, O)."""
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype), padding=1)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(query)
+
+
+@group_norm.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@geglu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@convolution.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+ops = torch.ops.rt
+HALVES: dict[Any, int] = {
+    ops.attention.default: 3,
+    ops.group_norm.default: 1,
+    ops.geglu.default: 1,
+    ops.convolution.default: 2,
+}
+"""How many leading arguments a kernel takes in half precision; the rest stay in fp32."""
+
+
+def _attention_flops(node: torch.fx.Node) -> int:
+    query, key, *_ = cast(tuple[torch.fx.Node, ...], node.args)
+    return int(4 * value(query).numel() * value(key).shape[1])
+
+
+def _convolution_flops(node: torch.fx.Node) -> int:
+    return int(2 * value(node).numel() * value(node.all_input_nodes[1])[0].numel())
+
+
+FLOPS[ops.attention.default] = _attention_flops
+FLOPS[ops.convolution.default] = _convolution_flops
+
+_BODIES = (
+    """
+<domain: "rt", opset_import: ["" : 21]>
+Attention <heads> (Q, K, V) => (Y) {
+  heads_0 = Constant <value_int: int = @heads> ()
+  axis = Constant <value_ints = [0]> ()
+  heads_1 = Unsqueeze (heads_0, axis)
+  keep = Constant <value_ints = [0, 0]> ()
+  rest = Constant <value_ints = [-1]> ()
+  split = Concat <axis = 0> (keep, heads_1, rest)
+  join = Concat <axis = 0> (keep, rest)
+  q_0 = Reshape (Q, split)
+  k_0 = Reshape (K, split)
+  v_0 = Reshape (V, split)
+  q = Transpose <perm = [0, 2, 1, 3]> (q_0)
+  k = Transpose <perm = [0, 2, 3, 1]> (k_0)
+  v = Transpose <perm = [0, 2, 1, 3]> (v_0)
+  shape = Shape <start = 3> (q)
+  width = CastLike (shape, Q)
+  root = Sqrt (width)
+  product = MatMul (q, k)
+  logits = Div (product, root)
+  weights = Softmax <axis = -1> (logits)
+  sum = MatMul (weights, v)
+  y = Transpose <perm = [0, 2, 1, 3]> (sum)
+  Y = Reshape (y, join)
+}
+""",
+    """
+<domain: "rt", opset_import: ["" : 21]>
+GroupNorm <groups, epsilon, silu> (X, Scale, Shift) => (Y) {
+  shape = Shape (X)
+  zero = Constant <value_ints = [0]> ()
+  ends = Constant <value_ints = [0, -1]> ()
+  groups_0 = Constant <value_int: int = @groups> ()
+  groups_1 = Unsqueeze (groups_0, zero)
+  batch = Shape <start = 0, end = 1> (X)
+  rest = Constant <value_ints = [-1]> ()
+  channels = Shape <start = -1> (X)
+  size = Div (channels, groups_1)
+  pixels = Concat <axis = 0> (batch, rest, groups_1, size)
+  x_0 = Cast <to = 1> (X)
+  x = Reshape (x_0, pixels)
+  axes = Constant <value_ints = [1, 3]> ()
+  mean = ReduceMean (x, axes)
+  centered = Sub (x, mean)
+  squares = Mul (centered, centered)
+  variance = ReduceMean (squares, axes)
+  epsilon_0 = Constant <value_float: float = @epsilon> ()
+  shifted = Add (variance, epsilon_0)
+  deviation = Sqrt (shifted)
+  normal_0 = Div (centered, deviation)
+  normal = Reshape (normal_0, shape)
+  scale = Cast <to = 1> (Scale)
+  shift = Cast <to = 1> (Shift)
+  scaled = Mul (normal, scale)
+  y = Add (scaled, shift)
+  gate_0 = Sigmoid (y)
+  silu_0 = Constant <value_int: int = @silu> ()
+  asked = Cast <to = 9> (silu_0)
+  one = Constant <value_float = 1.0> ()
+  gate = Where (asked, gate_0, one)
+  result = Mul (y, gate)
+  Y = CastLike (result, X)
+}
+""",
+    """
+<domain: "rt", opset_import: ["" : 21]>
+Geglu (X) => (Y) {
+  hidden, gate = Split <axis = -1, num_outputs = 2> (X)
+  active = Gelu (gate)
+  Y = Mul (hidden, active)
+}
+""",
+    """
+<domain: "rt", opset_import: ["" : 21]>
+Convolution (X, W, B) => (Y) {
+  bias = CastLike (B, X)
+  x = Transpose <perm = [0, 3, 1, 2]> (X)
+  y = Conv <pads = [1, 1, 1, 1]> (x, W, bias)
+  Y = Transpose <perm = [0, 2, 3, 1]> (y)
+}
+""",
+)
+
+
+def functions() -> list[ir.Function]:
+    """Each operator as an ONNX function of standard operators, which any engine can run in its place."""
+    return [ir.serde.deserialize_function(onnx.parser.parse_function(body)) for body in _BODIES]
+
+
+def translations() -> dict[Any, Any]:
+    """For `torch.onnx.export`: each operator as one node of the domain `rt`."""
+    _register_schemas()
+    rt = Opset(DOMAIN, VERSION)
+
+    def to_attention(query, key, value, heads: int):  # type: ignore[no-untyped-def]
+        return rt.Attention(query, key, value, heads=heads)
+
+    def to_group_norm(x, scale, shift, groups: int, epsilon: float, silu: bool):  # type: ignore[no-untyped-def]
+        return rt.GroupNorm(x, scale, shift, groups=groups, epsilon=epsilon, silu=int(silu))
+
+    def to_geglu(x):  # type: ignore[no-untyped-def]
+        return rt.Geglu(x)
+
+    def to_convolution(x, weight, bias):  # type: ignore[no-untyped-def]
+        return rt.Convolution(x, weight, bias)
+
+    return {
+        ops.attention.default: to_attention,
+        ops.group_norm.default: to_group_norm,
+        ops.geglu.default: to_geglu,
+        ops.convolution.default: to_convolution,
+    }
+
+
+def _register_schemas() -> None:
+    """The exporter writes no node without one. Types are left open: weights may be wider than activations."""
+    kinds = {int: onnx.defs.OpSchema.AttrType.INT, float: onnx.defs.OpSchema.AttrType.FLOAT}
+    tensors = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    for name, inputs, attributes in (
+        ("Attention", "QKV", {"heads": int}),
+        ("GroupNorm", ("X", "Scale", "Shift"), {"groups": int, "epsilon": float, "silu": int}),
+        ("Geglu", "X", {}),
+        ("Convolution", "XWB", {}),
+    ):
+        if onnx.defs.has(name, domain=DOMAIN):
+            continue
+        parameter = onnx.defs.OpSchema.FormalParameter
+        schema = onnx.defs.OpSchema(
+            name,
+            DOMAIN,
+            VERSION,
+            inputs=[parameter(each, "T" if i == 0 else f"T{i}") for i, each in enumerate(inputs)],
+            outputs=[parameter("Y", "T")],
+            type_constraints=[("T" if i == 0 else f"T{i}", tensors, "") for i in range(len(inputs))],
+            attributes=[
+                onnx.defs.OpSchema.Attribute(key, kinds[kind], "", required=True)
+                for key, kind in attributes.items()
+            ],
+        )
+        onnx.defs.register_schema(schema)
