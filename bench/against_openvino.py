@@ -3,7 +3,8 @@
 The same program on the same inputs, in turn in one process. By hand: the graph of standard operators, compiled and
 called as OpenVINO's documentation shows (https://docs.openvino.ai/2026/openvino-workflow/running-inference.html:
 `compile_model`, then `infer` with a dictionary). Ours: `Engine.enqueue` on the graph that the backend prefers, and a
-step of the session with guidance and sampler on top.
+step of the session with guidance and sampler on top. By hand it may be the graph of another build of the model, to see
+what a format is worth.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from statistics import median
 
 import click
 
-from rt.backends import Engine
+from rt.backends import Engine, get
 from rt.bench.bundle import PROMPT, describe, find_profile
 from rt.bench.record import RESULTS, publish
-from rt.bench.report import Subject
 from rt.bench.timing import Calibration, Samples, elapsed, gemm_gflops, interleave
 from rt.bundle import Bundle
 from rt.model import Component
@@ -32,8 +32,11 @@ BY_HAND, ENQUEUE, STEP = "by hand", "Engine.enqueue", "session step"
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--steps", type=int, default=20, show_default=True, help="Calls in a row.")
 @click.option("--rounds", type=int, default=15, show_default=True, help="Turns of each of the three.")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), help="Bundle to call by hand in place of BUNDLE."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder for the record.")
-def command(bundle: Path, steps: int, rounds: int, out: Path) -> None:
+def command(bundle: Path, steps: int, rounds: int, baseline: Path | None, out: Path) -> None:
     """Time a guided U-Net step of BUNDLE three ways."""
     pipe = Pipeline.from_bundle(bundle, backend="openvino")
     profile = find_profile(pipe.bundle)
@@ -49,13 +52,15 @@ def command(bundle: Path, steps: int, rounds: int, out: Path) -> None:
         return lambda: elapsed(lambda: [call() for _ in range(steps)]) / steps
 
     session()  # leaves real inputs in the engine's buffers
-    by_hand = _by_hand(_graph(pipe.bundle, profile), engine, subject)
+    theirs = pipe.bundle if baseline is None else Bundle.open(baseline)
+    dtype = theirs.manifest.config.dtype
+    by_hand = _by_hand(_graph(theirs, profile), engine, get("openvino").arithmetic(dtype), subject.threads)
     calls = {BY_HAND: repeated(by_hand), ENQUEUE: repeated(engine.enqueue), STEP: session}
     interleave(calls, 1)
     before = gemm_gflops()
     samples = interleave(calls, rounds)
     calibration = Calibration(before_gflops=before, after_gflops=gemm_gflops())
-    click.echo(f"{subject}\nmedian of {rounds} x {steps} steps; {calibration}")
+    click.echo(f"{subject}, by hand {dtype.value}\nmedian of {rounds} x {steps} steps; {calibration}")
     ratios = {name: _ratio(each, samples[BY_HAND]) for name, each in samples.items()}
     for name, each in samples.items():
         click.echo(f"{name:<16}{each.median * 1e3:>10.4g} ms a step{ratios[name]:>8.3f} of by hand")
@@ -63,6 +68,7 @@ def command(bundle: Path, steps: int, rounds: int, out: Path) -> None:
         f"against-openvino {subject.model} {subject.dtype}",
         {
             "subject": asdict(subject),
+            "by_hand_dtype": dtype.value,
             "steps": steps,
             "calibration": asdict(calibration),
             "step": {name: {**each.to_json(), "ratio": ratios[name]} for name, each in samples.items()},
@@ -76,14 +82,14 @@ def _graph(bundle: Bundle, profile: ShapeProfile) -> Path:
     return bundle.path / next(record.file for record in records if record.profile == profile)
 
 
-def _by_hand(graph: Path, engine: Engine, subject: Subject) -> Callable[[], object]:
+def _by_hand(graph: Path, engine: Engine, arithmetic: str, threads: int) -> Callable[[], object]:
     """One inference as a user of OpenVINO writes it, on the inputs that `engine` has now."""
     import openvino
 
     options = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": subject.arithmetic,
-        "INFERENCE_NUM_THREADS": subject.threads,
+        "INFERENCE_PRECISION_HINT": arithmetic,
+        "INFERENCE_NUM_THREADS": threads,
     }
     request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
     inputs = {name: array.copy() for name, array in engine.inputs.items()}

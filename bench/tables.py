@@ -75,8 +75,9 @@ def _quality(records: Iterable[Record]) -> str:
         if "quality" in record:
             settings, quality = record["settings"], record["quality"]
             percents = (quality[f"{kind}_percent"] for kind in ("plain", "single", "pair", "background"))
-            rows[record["model"], settings["steps"], settings["guidance_scale"]] = (
-                record["model"],
+            dtype = settings["dtype"]
+            rows[record["model"], dtype, settings["steps"], settings["guidance_scale"]] = (
+                record["model"] + ("" if dtype == "fp32" else f", {dtype}"),
                 str(settings["steps"]),
                 "off" if settings["guidance_scale"] <= 1 else f"{settings['guidance_scale']:g}",
                 *(f"{percent:g} %" for percent in percents),
@@ -146,9 +147,11 @@ def _rows(record: Record) -> Iterable[tuple[str, str]]:
         subject, step = record["subject"], record["step"]["session step"]
         size = f"{subject['profile']['height']} x {subject['profile']['width']}"
         what = f"U-Net step with guidance, {subject['model']}, {subject['dtype']}, {size}"
+        theirs = record.get("by_hand_dtype", subject["dtype"])
+        program = "the same" if theirs == subject["dtype"] else f"the {theirs}"
         yield (
             what,
-            f"{_time(step['median_s'])}, {step['ratio']:.2f} of OpenVINO called by hand on the same program",
+            f"{_time(step['median_s'])}, {step['ratio']:.2f} of OpenVINO called by hand on {program} program",
         )
     elif "processes" in record:
         for process in ("import rt", "rt run"):

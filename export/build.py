@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rt.backends import Backend, choose
 from rt.bundle import (
@@ -32,12 +32,14 @@ from rt.bundle import (
 )
 from rt.config import BuildConfig, DType, fingerprint
 from rt.errors import BuildError, ConfigError, RtError
+from rt.export.calibrate import Calibration, calibrate
 from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
-from rt.export.observe import observe
+from rt.export.observe import Observation, observe
 from rt.export.passes.cast import cast
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
+from rt.export.passes.quantize import quantize
 from rt.export.program import Program
 from rt.export.staging import staged
 from rt.export.trace import trace
@@ -177,6 +179,8 @@ def _lower_all(
     weights = f"engines/{component.value}.weights"
     with WeightFile(stage / weights) as store:
         text = _text(stage, checkpoint.spec) if component is Component.UNET else {}
+        early: dict[Component, Program] = {}
+        calibration: Calibration | None = None
         for program in trace(
             component, module, checkpoint.spec, config.profiles, text, step_cache=config.step_cache
         ):
@@ -188,17 +192,19 @@ def _lower_all(
                 )
             # What runs once a schedule costs nothing in fp32, and every step builds on it.
             dtype = DType.FP32 if program.component is Component.UNET_TIME else config.dtype
+            early[program.component] = program
+            if dtype is DType.INT8 and program.component is Component.UNET and calibration is None:
+                with _step(bar, f"{program.name}: calibrate"):
+                    calibration = calibrate(early, checkpoint)
             with _step(bar, f"{program.name}: lower"):
-                computing, islands = (
-                    (program.module, ()) if dtype is DType.FP32 else cast(program.module, dtype, seen)
-                )
+                computing, islands = _in_format(program, dtype, seen, calibration)
                 lower(program, computing, store, stage / file)
             fused = None
-            if dtype is DType.BF16 and program.component in _PICTURES:
+            if dtype in (DType.BF16, DType.INT8) and program.component in _PICTURES:
                 with _step(bar, f"{program.name}: fuse"):
                     program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
                     fused = f"engines/{program.name}.fused.onnx"
-                    lower(program, cast(program.module, dtype, seen)[0], store, stage / fused)
+                    lower(program, _fused(program.module, seen, calibration), store, stage / fused)
             yield EngineRecord(
                 name=program.name,
                 component=program.component,
@@ -220,6 +226,25 @@ def _lower_all(
             )
 
 
+def _in_format(
+    program: Program, dtype: DType, seen: Observation, calibration: Calibration | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The program's graph computing in `dtype`, and what of it does not, in words."""
+    if dtype is DType.INT8 and calibration is not None:
+        module = quantize(program.module, calibration.ranges, calibration.chosen)
+        return module, calibration.islands(program.module)
+    if dtype in (DType.FP32, DType.INT8):
+        return program.module, ()
+    return cast(program.module, dtype, seen)
+
+
+def _fused(module: fx.GraphModule, seen: Observation, calibration: Calibration | None) -> nn.Module:
+    """A fused graph in bf16, its products in int8 where they were calibrated."""
+    if calibration is not None:
+        module = quantize(module, calibration.ranges, calibration.chosen)
+    return cast(module, DType.BF16, seen)[0]
+
+
 @contextmanager
 def _step(bar: Bar, label: str) -> Iterator[None]:
     """Show what is being done, log how long it took, and name it where a library fails at it."""
@@ -238,15 +263,16 @@ def _step(bar: Bar, label: str) -> Iterator[None]:
 
 
 def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
-    """Of the progress bar: a load a component, three steps a program, and the hashes."""
+    """Of the progress bar: a load a component, three steps a program, a calibration, and the hashes."""
     sizes = {(profile.height, profile.width) for profile in config.profiles}
     halves = sum(
         component in (Component.VAE_ENCODER, Component.VAE_DECODER) for component in checkpoint.components
     )
     steps = 2 * len(config.profiles) * (2 if config.step_cache else 1)
     programs = len(checkpoint.spec.text_encoders) + 2 + steps + halves * len(sizes)
-    fused = (steps + halves * len(sizes)) if config.dtype is DType.BF16 else 0
-    return len(checkpoint.components) + 3 * programs + fused + 1
+    fused = (steps + halves * len(sizes)) if config.dtype in (DType.BF16, DType.INT8) else 0
+    calibrations = config.dtype is DType.INT8
+    return len(checkpoint.components) + 3 * programs + fused + calibrations + 1
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

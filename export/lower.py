@@ -17,6 +17,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from rt.export.operators import DOMAIN, functions, translations
+from rt.export.passes.quantize import IN_ONNX
 from rt.export.program import Program
 
 # The newest that every engine we target reads whole: GroupNormalization and Gelu stay single operators,
@@ -76,7 +77,7 @@ def lower(program: Program, module: nn.Module, weights: WeightFile, path: Path) 
             output_names=list(program.outputs),
             optimize=False,
             verbose=False,
-            custom_translation_table=translations(),
+            custom_translation_table=translations() | IN_ONNX,
         )
     assert onnx_program is not None
     model = onnx_program.model

@@ -4,6 +4,7 @@ The rule is that of autocast, decided by what each op reads and by the magnitude
 - products (linear, convolution, attention, embedding) compute in half;
 - norms compute in fp32: sums over thousands of elements lose the small ones in half;
 - any op that gives or reads a value near the end of the format's range computes in fp32;
+- int8 operands stay as they are, and so do the products that read them;
 - the rest follows its inputs.
 Inputs and outputs of the graph stay fp32.
 """
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from rt.config import DType
 from rt.export.observe import Observation
 from rt.export.operators import HALVES
+from rt.export.passes.quantize import DEQUANTIZED, ROUNDED
 
 aten = torch.ops.aten
 TORCH_DTYPE = {DType.FP32: torch.float32, DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
@@ -50,7 +52,10 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
     half = TORCH_DTYPE[dtype]
     limit = torch.finfo(half).max / _HEADROOM
     wide = {name for name, value in seen.magnitudes.items() if value > limit}
-    islands: set[str] = set()
+    rounded = {node.name for node in module.graph.nodes if node.target in (ROUNDED, DEQUANTIZED)}
+    reads = {user.name for node in module.graph.nodes if node.target is DEQUANTIZED for user in node.users}
+    wide |= rounded
+    islands = rounded | reads
     grouped: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
     for node in module.graph.nodes:
         touched = [node.name, *(source.name for source in node.all_input_nodes)]

@@ -55,10 +55,15 @@ def choose(name: str, dtype: DType, preferred: str = "") -> tuple[Backend, str]:
             why = "".join(f"; not {other}" for other in passed_over)
             return (
                 candidate,
-                f"{candidate.name}: computes {dtype.value} graphs in {candidate.arithmetic(dtype)}{why}",
+                f"{candidate.name}: computes {dtype.value} graphs in {_arithmetic(candidate, dtype)}{why}",
             )
         passed_over.append(f"{candidate.name} ({problem})")
     raise BackendUnavailableError(f"no engine can run {dtype.value} graphs: {'; '.join(passed_over)}")
+
+
+def _arithmetic(backend: Backend, dtype: DType) -> str:
+    floats = backend.arithmetic(dtype)
+    return f"int8 and {floats}" if dtype is DType.INT8 else floats
 
 
 def cpu_count() -> int:

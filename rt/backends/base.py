@@ -66,7 +66,7 @@ class Backend(Protocol):
         """Why it cannot run graphs of this format, or "" when it can."""
 
     def arithmetic(self, dtype: DType) -> str:
-        """The format it computes in for graphs of `dtype`: f32, bf16 or f16, as its library names it."""
+        """The format of its floats for graphs of `dtype`: f32, bf16 or f16, as its library names it."""
 
     def fuses(self, dtype: DType) -> bool:
         """Whether it runs graphs of `dtype` faster that have the fused operators `rt::…` in them."""

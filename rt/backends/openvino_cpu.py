@@ -44,8 +44,9 @@ class OpenVINO:
         return ""
 
     def arithmetic(self, dtype: DType) -> str:
-        """bf16 for bf16 graphs where the processor has it, else f32 (x86 cores compute f16 slower than f32)."""
-        return "bf16" if dtype is DType.BF16 and "BF16" in self._capabilities else "f32"
+        """bf16 for bf16 and int8 graphs where the processor has it, else f32 (x86 computes f16 slower than f32)."""
+        wanted = dtype in (DType.BF16, DType.INT8)
+        return "bf16" if wanted and "BF16" in self._capabilities else "f32"
 
     def fuses(self, dtype: DType) -> bool:
         """Where our kernels are built, and compute what it computes."""

@@ -46,8 +46,8 @@ class OnnxRuntime:
         return "its CPU kernels do not compute bf16; use --backend openvino or rebuild with --fp16 or --dtype fp32"
 
     def arithmetic(self, dtype: DType) -> str:
-        """The format of the graph."""
-        return "f32" if dtype is DType.FP32 else "f16"
+        """The format of the graph; that of an int8 graph's floats is f32."""
+        return "f16" if dtype is DType.FP16 else "f32"
 
     def fuses(self, dtype: DType) -> bool:
         """Never: it would inline them."""

@@ -35,6 +35,13 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
     "--bf16", "dtypes", flag_value="bf16", multiple=True, help="Weights and arithmetic in bfloat16."
 )
 @click.option(
+    "--int8",
+    "dtypes",
+    flag_value="int8",
+    multiple=True,
+    help="U-Net in int8 with calibrated activations, the rest in bfloat16 where the processor has it.",
+)
+@click.option(
     "--dtype", type=click.Choice([d.value for d in DType]), help="The same, by name.  [default: fp32]"
 )
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
@@ -114,7 +121,7 @@ def _dtype(flags: tuple[str, ...], name: str | None) -> DType:
     asked = {*flags, *([name] if name else [])}
     if len(asked) > 1:
         raise ConfigError(
-            f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --dtype"
+            f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --int8, --dtype"
         )
     return DType(asked.pop()) if asked else DType.FP32
 

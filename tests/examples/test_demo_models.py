@@ -86,8 +86,8 @@ def test_every_sampler_draws(demo_bundle: Path, judge: Any, singles: list[Any], 
     assert right(judge, singles[:12], pictures) >= 0.6
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_half_precision_draws(
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
+def test_fewer_bits_draw(
     build_bundle: Callable[..., Path],
     demo_model: Path,
     judge: Any,

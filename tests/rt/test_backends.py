@@ -104,6 +104,8 @@ def test_a_backend_asked_for_by_name_is_taken_or_refused(name: str, dtype: DType
             "onnxruntime: computes fp16 graphs in f16; not openvino",
         ),
         (("onnxruntime",), DType.BF16, "", "openvino", "openvino: computes bf16 graphs in "),
+        ((), DType.INT8, "", "openvino", "openvino: computes int8 graphs in int8 and "),
+        (("openvino",), DType.INT8, "", "onnxruntime", "onnxruntime: computes int8 graphs in int8 and f32"),
         (("onnxruntime",), DType.FP32, "onnxruntime", "openvino", "not onnxruntime (not installed; run: pip"),
         ((), DType.FP32, "gone", "openvino", "openvino: computes fp32"),
     ],

@@ -324,6 +324,10 @@ def test_what_is_not_a_bundle_is_code_3(rt: Rt, tmp_path: Path, verb: str) -> No
         (["build"], ["MODEL"]),
         (["build", "synthetic:tiny", "-o", "x", "--height", "big"], ["'big'", "--height"]),
         (["build", "synthetic:tiny", "-o", "x", "--fp16", "--bf16"], ["bf16 and fp16 exclude each other"]),
+        (
+            ["build", "synthetic:tiny", "-o", "x", "--int8", "--bf16"],
+            ["bf16 and int8 exclude each other", "--int8"],
+        ),
         (["build", "synthetic:tiny", "-o", "x", "--fp16", "--dtype", "fp32"], ["exclude each other"]),
         (
             ["build", "synthetic:tiny", "-o", "x", "--bf16", "--backend", "onnxruntime"],

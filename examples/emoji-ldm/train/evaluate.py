@@ -110,7 +110,8 @@ def main() -> None:
         },
     }
     if args.records:
-        publish(f"quality {figures['model']} {args.steps} steps", figures, args.records)
+        dtype = figures["settings"]["dtype"]
+        publish(f"quality {figures['model']} {dtype} {args.steps} steps", figures, args.records)
     args.out.mkdir(parents=True, exist_ok=True)
     everything = [*plain, *singles, *pairs]
     drawn_by_lot = [everything[i] for i in sorted(rng.choice(len(everything), SHOWN, replace=False))]

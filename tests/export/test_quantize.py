@@ -1,0 +1,219 @@
+"""int8: what the pass rewrites, what engines make of it, and what calibration chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rt.backends import get
+from rt.bundle import Bundle
+from rt.config import DType
+from rt.export.calibrate import Calibration, costly
+from rt.export.lower import WeightFile, lower
+from rt.export.passes.quantize import Range, products, quantize
+from rt.export.program import Program
+from rt.model import Component
+from rt.verify import TOLERANCE, compare
+
+
+class Block(nn.Module):
+    """A convolution, then queries, keys and values of one tensor, then a convolution of few channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 4, 3, padding=1)
+        self.query, self.key, self.value = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        h = nn.functional.silu(self.first(x))
+        rows = h.flatten(2).transpose(1, 2)[:, None]
+        mixed = nn.functional.scaled_dot_product_attention(self.query(rows), self.key(rows), self.value(rows))
+        return (self.last(h + mixed[:, 0].transpose(1, 2).reshape(h.shape)),)
+
+
+@pytest.fixture
+def program() -> Program:
+    inputs = {"x": torch.randn(2, 32, 16, 16)}
+    module = torch.export.export(Block().eval(), (), inputs, strict=False).module(check_guards=False)
+    return Program(
+        name="net",
+        component=Component.UNET,
+        profile=None,
+        guided=False,
+        module=module,  # type: ignore[arg-type]
+        inputs=inputs,
+        outputs=("y",),
+    )
+
+
+@pytest.fixture
+def ranges(program: Program) -> dict[str, Range]:
+    """Of what each product reads, from a run without the pass."""
+    seen: dict[str, Range] = {}
+    with torch.no_grad():
+        env: dict[torch.fx.Node, Tensor] = {}
+
+        class Watch(torch.fx.Interpreter):
+            def run_node(self, n: torch.fx.Node) -> object:
+                env[n] = super().run_node(n)
+                return env[n]
+
+        Watch(program.module).run(*program.inputs.values())
+        for name, node in products(program.module).items():
+            seen[name] = Range.of(env[node.all_input_nodes[0]])
+    return seen
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def written(program: Program, module: nn.Module, folder: Path) -> Path:
+    with WeightFile(folder / "net.weights") as store:
+        lower(program, module, store, folder / "net.onnx")
+    return folder / "net.onnx"
+
+
+def test_a_range_holds_zero_and_rounds_it_to_itself() -> None:
+    assert Range.of(torch.tensor([2.0, 3.0])) == Range(0.0, 3.0)
+    assert Range.of(torch.tensor([-2.0, -1.0])) == Range(-2.0, 0.0)
+    assert Range(-1.0, 2.0) | Range(-3.0, 1.0) == Range(-3.0, 2.0)
+    for low, high in [(-1.0, 0.0), (0.0, 1.0), (-0.28, 9.7), (0.0, 0.0)]:
+        seen = Range(low, high)
+        assert 0 <= seen.zero <= 255
+        ends = torch.tensor([low, 0.0, high])
+        rounded = torch.ops.rt.rounded(ends, seen.scale, seen.zero)
+        assert rounded[1] == 0 and (rounded - ends).abs().max() <= seen.scale / 2
+
+
+def test_products_are_close_in_int8_and_exact_where_not_chosen(
+    program: Program, ranges: dict[str, Range]
+) -> None:
+    assert set(ranges) == {f"{layer}.weight" for layer in ("first", "query", "key", "value", "last")}
+    code, weights = program.module.code, {k: v.clone() for k, v in program.module.state_dict().items()}
+    with torch.no_grad():
+        (exact,) = program.module(**program.inputs)
+        everything = quantize(program.module, ranges)(**program.inputs)[0]
+        one = quantize(program.module, ranges, {"query.weight"})(**program.inputs)[0]
+        none = quantize(program.module, ranges, ())(**program.inputs)[0]
+    assert torch.equal(none, exact)
+    assert 1e-7 < distance(one, exact) < distance(everything, exact) < 2e-2
+    assert distance(everything, exact) > 2e-3
+    assert program.module.code == code
+    assert all(torch.equal(value, weights[name]) for name, value in program.module.state_dict().items())
+
+
+def test_weights_are_a_quarter_and_tensors_that_are_read_thrice_are_rounded_once(
+    program: Program, ranges: dict[str, Range], tmp_path: Path
+) -> None:
+    module = quantize(program.module, ranges, ranges.keys() - {"last.weight"})
+    kinds = {name: value.dtype for name, value in module.named_parameters()}
+    assert [kinds[f"{name}_weight_int8"] for name in ("first", "query", "key", "value")] == [torch.int8] * 4
+    assert kinds["last.weight"] == torch.float32 and "first.weight" not in kinds
+    path = written(program, module, tmp_path)
+    onnx.checker.check_model(path, full_check=True)
+    graph = onnx.load(path).graph
+    counts = {kind: sum(node.op_type == kind for node in graph.node) for kind in ("QuantizeLinear", "Conv")}
+    assert counts == {"QuantizeLinear": 2, "Conv": 2}
+    int8 = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert sorted(int(np.prod(tensor.dims)) for tensor in int8) == [64 * 64] * 3 + [64 * 32 * 9]
+
+
+def test_engines_agree_with_torch_on_an_int8_graph(
+    program: Program, ranges: dict[str, Range], tmp_path: Path
+) -> None:
+    module = quantize(program.module, ranges)
+    with torch.no_grad():
+        (expected,) = module(**program.inputs)
+    path = written(program, module, tmp_path)
+    feed = {"x": program.inputs["x"].numpy()}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "PERFORMANCE"}
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+    for got in (session.run(None, feed)[0], compiled(feed)[0]):
+        # A value halfway between two steps goes either way.
+        assert distance(torch.from_numpy(got), expected) < 5e-3
+
+
+def test_openvino_runs_every_chosen_product_in_an_int8_kernel(
+    program: Program, ranges: dict[str, Range], tmp_path: Path
+) -> None:
+    path = written(program, quantize(program.module, ranges, ranges.keys() - {"last.weight"}), tmp_path)
+    compiled = openvino.Core().compile_model(path, "CPU", {"PERF_COUNT": True})
+    request = compiled.create_infer_request()
+    request.infer({"x": program.inputs["x"].numpy()})
+    ran = [
+        (info.node_type, info.exec_type.endswith("_I8"))
+        for info in request.profiling_info
+        if info.node_type in ("Convolution", "FullyConnected")
+    ]
+    assert ran.count(("FullyConnected", True)) == 3
+    assert sorted(int8 for kind, int8 in ran if kind == "Convolution") == [False, True]
+
+
+class Diluted(nn.Module):
+    """Most of the work and little of the result is `large`; `small` gives all the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = nn.Linear(512, 512), nn.Linear(512, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.small(x) + 1e-3 * self.large(x)[:, :2],)
+
+
+def test_what_costs_much_error_and_saves_little_work_stays_in_floats() -> None:
+    x = torch.randn(8, 512)
+    module = torch.export.export(Diluted().eval(), (), {"x": x}, strict=False).module(check_guards=False)
+    seen = dict.fromkeys(("large.weight", "small.weight"), Range.of(x))
+    with torch.no_grad():
+        kept = costly(module, seen, {"x": x})  # type: ignore[arg-type]
+    calibration = Calibration(ranges=seen, kept=kept)
+    (words,) = calibration.islands(module)  # type: ignore[arg-type]
+    assert calibration.chosen == {"large.weight"}
+    assert words == "1 of 2 products: 100% of its squared error, 0.4% of the work"
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(build_bundle: Callable[..., Path], demo_model: Path) -> Path:
+    return build_bundle(demo_model, dtype="int8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_an_int8_bundle_is_as_near_as_it_says_in_every_engine(int8_bundle: Path, backend: str) -> None:
+    bundle = Bundle.open(int8_bundle)
+    for record in bundle.manifest.engines:
+        engine = get(backend).load(
+            bundle.path / record.file, record.inputs, record.outputs, dtype=record.dtype, threads=1
+        )
+        errors = compare(engine, bundle.path / record.reference, name=record.name, dtype=record.dtype)
+        assert max(errors.values()) < 1.5 * max(record.error.values()) + 1e-6
+
+
+@pytest.mark.slow
+def test_an_int8_bundle_has_its_unet_in_int8_and_says_what_is_not(
+    int8_bundle: Path, demo_bundle: Path
+) -> None:
+    manifest, full = Bundle.open(int8_bundle).manifest, Bundle.open(demo_bundle).manifest
+    for record in manifest.engines:
+        kinds = {tensor.data_type for tensor in onnx.load(int8_bundle / record.file).graph.initializer}
+        assert (onnx.TensorProto.INT8 in kinds) == (record.component is Component.UNET)
+        assert record.dtype is (DType.FP32 if record.component is Component.UNET_TIME else DType.INT8)
+        assert bool(record.islands) == (record.component is Component.UNET)
+        if record.component is Component.UNET:
+            assert 5e-3 < max(record.error.values()) < TOLERANCE[DType.INT8] / 2
+            assert " of 120 products: " in record.islands[0]
+    size = {
+        name: bundle.files["engines/unet.weights"].size_bytes
+        for name, bundle in (("int8", manifest), ("full", full))
+    }
+    assert size["int8"] < 0.35 * size["full"]
