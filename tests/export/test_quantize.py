@@ -211,7 +211,7 @@ def test_an_int8_bundle_has_its_unet_in_int8_and_says_what_is_not(
         assert bool(record.islands) == (record.component is Component.UNET)
         if record.component is Component.UNET:
             assert 5e-3 < max(record.error.values()) < TOLERANCE[DType.INT8] / 2
-            assert " of 120 products: " in record.islands[0]
+            assert " of 106 products: " in record.islands[0]
     size = {
         name: bundle.files["engines/unet.weights"].size_bytes
         for name, bundle in (("int8", manifest), ("full", full))
