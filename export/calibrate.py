@@ -112,7 +112,8 @@ class _Torch:
             name: tensor.numpy() for name, tensor in zip(program.inputs, self._tensors, strict=True)
         }
         self.outputs: dict[str, Array] = {
-            name: np.array(value) for name, value in zip(program.outputs, run(*self._tensors), strict=True)
+            name: value.numpy().copy()
+            for name, value in zip(program.outputs, run(*self._tensors), strict=True)
         }
 
     def enqueue(self) -> None:

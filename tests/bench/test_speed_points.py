@@ -63,6 +63,7 @@ def test_by_hand_computes_what_the_engine_computes(tiny_bundle: Path) -> None:
     rng = np.random.default_rng()
     for array in engine.inputs.values():
         array[...] = rng.standard_normal(array.shape)
-    results = _by_hand(_graph(pipe.bundle, profile), engine, describe(pipe, profile))()
+    subject = describe(pipe, profile)
+    results = _by_hand(_graph(pipe.bundle, profile), engine, subject.arithmetic, subject.threads)()
     engine.enqueue()
     np.testing.assert_allclose(results["prediction"], engine.outputs["prediction"], rtol=1e-4, atol=1e-4)

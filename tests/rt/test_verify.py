@@ -85,7 +85,10 @@ def test_every_backend_verifies_every_engine_of_a_sound_bundle(demo_bundle: Path
     bundle = Bundle.open(demo_bundle)
     errors = {record.name: distances for record, distances in verify(bundle, BACKENDS[name])}
     assert list(errors) == [engine.name for engine in bundle.manifest.engines]
-    assert all(0 < distance < 1e-5 for distances in errors.values() for distance in distances.values())
+    for record_name, distances in errors.items():
+        assert all(distance < 1e-5 for distance in distances.values())
+        # One short sum a value, keys and values may come out equal to the last bit; nothing longer does.
+        assert record_name == "unet_context" or all(distance > 0 for distance in distances.values())
 
 
 def test_a_changed_reference_is_found_before_any_engine_loads(demo_bundle: Path, tmp_path: Path) -> None:

@@ -112,12 +112,12 @@ def test_label_of_align_your_steps(base_config: dict[str, Any]) -> None:
     assert Scheduler.from_config(base_config, "dpmpp-2m", spacing="ays").label == "DPM++ 2M Align Your Steps"
 
 
-def test_schedule_is_read_only_float32(base_config: dict[str, Any]) -> None:
+def test_schedule_is_read_only(base_config: dict[str, Any]) -> None:
     schedule = Scheduler.from_config(base_config, "euler-a").schedule(7)
     for field in dataclasses.fields(schedule):
         column = getattr(schedule, field.name)
         if field.name != "init_noise_sigma":
-            assert column.dtype == np.float32
+            assert column.dtype == (np.bool_ if field.name in ("guided", "full") else np.float32)
             assert len(column) == len(schedule) == 7
             with pytest.raises(ValueError, match="read-only"):
                 column[0] = 1
