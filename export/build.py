@@ -36,7 +36,7 @@ from rt.export.calibrate import Calibration, calibrate
 from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
-from rt.export.passes.cast import cast
+from rt.export.passes.cast import HALF, cast
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
 from rt.export.passes.quantize import quantize
@@ -186,7 +186,7 @@ def _lower_all(
         ):
             file, reference = f"engines/{program.name}.onnx", f"reference/{program.name}.npz"
             with _step(bar, f"{program.name}: run in torch"):
-                seen = observe(program)
+                seen = observe(program, HALF.get(config.dtype))
                 save_reference(
                     stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs
                 )

@@ -1,9 +1,10 @@
-"""Run a traced program in torch: its outputs are the reference, its magnitudes decide the fp32 islands."""
+"""Run a traced program in torch: its outputs are the reference; what half would lose decides the islands."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from torch import Tensor, fx
 from rt.errors import NumericsError
 from rt.export.program import Program
 
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
+_ATTENTION = aten.scaled_dot_product_attention.default
+_NORMS = {aten.group_norm.default, aten.layer_norm.default}
+_EPSILON = 1e-5  # where a norm's arguments leave it out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +30,23 @@ class Observation:
         magnitudes: Largest absolute value of each node, inputs and weights included, by node name.
         logits: For each attention node, a bound on its scaled products of query and key: the
             product of the largest norms (Cauchy-Schwarz).
+        losses: For each norm, the relative L2 error that it adds in half precision, infinite where it overflows. Other
+            operators that are not products add no more than the rounding of their result.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
     magnitudes: Mapping[str, float]
     logits: Mapping[str, float]
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
-def observe(program: Program) -> Observation:
-    """Run `program` on its example inputs.
+def observe(program: Program, half: torch.dtype | None = None) -> Observation:
+    """Run `program` on its example inputs; `half` is the format that it will be cast to, if any.
 
     Raises:
         NumericsError: When a weight or an output has NaN or Inf: no engine could do better.
     """
-    recorder = _Recorder(program.module)
+    recorder = _Recorder(program.module, half)
     with torch.inference_mode():
         for name, weight in program.module.named_parameters():
             if not np.isfinite(_largest(weight)):
@@ -53,24 +60,54 @@ def observe(program: Program) -> Observation:
             raise NumericsError(
                 f"{program.component.value}: output {name!r} is not finite in torch in fp32; the weights are broken"
             )
-    return Observation(outputs=outputs, magnitudes=recorder.magnitudes, logits=recorder.logits)
+    return Observation(
+        outputs=outputs, magnitudes=recorder.magnitudes, logits=recorder.logits, losses=recorder.losses
+    )
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, half: torch.dtype | None) -> None:
         super().__init__(module)
+        self.half = half
         self.magnitudes: dict[str, float] = {}
         self.logits: dict[str, float] = {}
+        self.losses: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is _ATTENTION:
             (query, key, *_), kwargs = self.fetch_args_kwargs_from_env(n)
             scale = kwargs.get("scale") or query.shape[-1] ** -0.5
             self.logits[n.name] = _largest(query.norm(dim=-1)) * _largest(key.norm(dim=-1)) * scale
+        if n.target in _NORMS and self.half is not None:
+            (x, shape, _, _, *rest), _ = self.fetch_args_kwargs_from_env(n)
+            rows = x.reshape(len(x) * shape, -1) if isinstance(shape, int) else x.flatten(-len(shape))
+            self.losses[n.name] = norm_loss(rows, rest[0] if rest else _EPSILON, self.half)
         result = super().run_node(n)
         if isinstance(result, Tensor) and result.is_floating_point():
             self.magnitudes[n.name] = _largest(result)
         return result
+
+
+def norm_loss(rows: Tensor, epsilon: float, half: torch.dtype) -> float:
+    """What normalizing each of `rows` (N, K) loses where `half` holds everything between two operations.
+
+    That is how an engine without a kernel for norms computes them. Sums are taken in fp32. The input is rounded on both
+    sides: it comes that way.
+
+    Returns:
+        Relative L2 error; infinite where a square leaves the format.
+    """
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(half).float()
+
+    rows = rounded(rows)
+    exact = torch.nn.functional.layer_norm(rows, rows.shape[-1:], eps=epsilon)
+    centred = rounded(rows - rounded(rows.mean(-1, keepdim=True)))
+    variance = rounded(rounded(centred * centred).mean(-1, keepdim=True))
+    got = rounded(centred * rounded(torch.rsqrt(variance + epsilon)))
+    loss = float((got - exact).norm() / exact.norm().clamp(min=1e-30))
+    return loss if math.isfinite(loss) and bool(variance.isfinite().all()) else math.inf
 
 
 def _largest(tensor: Tensor) -> float:

@@ -1,8 +1,8 @@
 """Cast a graph to half precision, but for islands of fp32 where half would break it.
 
-The rule is that of autocast, decided by what each op reads and by the magnitudes that were measured:
+Decided by what each op reads, and by what `rt.export.observe` measured on the model's own values:
 - products (linear, convolution, attention, embedding) compute in half;
-- norms compute in fp32: sums over thousands of elements lose the small ones in half;
+- a norm that would lose more than a few roundings of its result computes in fp32;
 - any op that gives or reads a value near the end of the format's range computes in fp32;
 - int8 operands stay as they are, and so do the products that read them;
 - the rest follows its inputs.
@@ -25,7 +25,9 @@ from rt.export.operators import HALVES
 from rt.export.passes.quantize import DEQUANTIZED, ROUNDED
 
 aten = torch.ops.aten
-TORCH_DTYPE = {DType.FP32: torch.float32, DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
+HALF = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16, DType.INT8: torch.bfloat16}
+"""What the floats of a build are cast to; in an int8 build those of the fused graph."""
+
 _PRODUCTS = {
     aten.linear.default,
     aten.conv2d.default,
@@ -36,7 +38,6 @@ _PRODUCTS = {
     aten.embedding.default,
     aten.scaled_dot_product_attention.default,
 }
-_NORMS = {aten.group_norm.default, aten.layer_norm.default}
 # Inputs at run time are larger than those measured at the build; two bits of headroom.
 _HEADROOM = 4.0
 
@@ -47,33 +48,40 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
     Args:
         module: A graph in fp32.
         dtype: FP16 or BF16.
-        seen: The magnitudes of a run in fp32.
+        seen: A run in fp32, observed for this format.
     """
-    half = TORCH_DTYPE[dtype]
-    limit = torch.finfo(half).max / _HEADROOM
+    half = HALF[dtype]
+    format = torch.finfo(half)
+    limit = format.max / _HEADROOM
     wide = {name for name, value in seen.magnitudes.items() if value > limit}
     rounded = {node.name for node in module.graph.nodes if node.target in (ROUNDED, DEQUANTIZED)}
     reads = {user.name for node in module.graph.nodes if node.target is DEQUANTIZED for user in node.users}
     wide |= rounded
     islands = rounded | reads
-    grouped: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
+    far: defaultdict[str, list[float]] = defaultdict(list)
+    lossy: defaultdict[str, list[float]] = defaultdict(list)
     for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
         touched = [node.name, *(source.name for source in node.all_input_nodes)]
         reached = max(
             [seen.logits.get(node.name, 0.0), *(seen.magnitudes.get(name, 0.0) for name in touched)]
         )
-        if node.op == "call_function" and (node.target in _NORMS or reached > limit):
-            islands.add(node.name)
-            grouped[str(node.target).split(".")[1], reached > limit].append(reached)
-    words = (
-        f"{len(group)} {op}: "
-        + (
-            f"reach {max(group):.1e}, format ends at {torch.finfo(half).max:.1e}"
-            if far
-            else "sums over many elements"
-        )
-        for (op, far), group in sorted(grouped.items())
-    )
+        loss = seen.losses.get(node.name, 0.0)
+        if reached > limit:
+            far[str(node.target).split(".")[1]].append(reached)
+        elif loss > format.eps:
+            lossy[str(node.target).split(".")[1]].append(loss)
+        else:
+            continue
+        islands.add(node.name)
+    words = [
+        *(
+            f"{len(of)} {op}: reach {max(of):.1e}, format ends at {format.max:.1e}"
+            for op, of in sorted(far.items())
+        ),
+        *(f"{len(of)} {op}: would lose up to {max(of):.1e}" for op, of in sorted(lossy.items())),
+    ]
     return _Cast(module, half, islands, wide), tuple(words)
 
 

@@ -415,10 +415,7 @@ def test_half_precision_is_half_the_size_and_says_how_far_it_is(
             continue
         assert engine.dtype is DType(dtype)
         assert 1e-5 < max(engine.error.values()) < TOLERANCE[DType(dtype)]
-        if engine.component is Component.UNET_CONTEXT:
-            assert engine.islands == (), "keys and values are products alone"
-        else:
-            assert any("norm: sums over many elements" in island for island in engine.islands)
+        assert engine.islands == (), "nothing in random weights is far from zero"
         assert half.files[engine.weights].size_bytes < 0.65 * full.files[engine.weights].size_bytes
 
 

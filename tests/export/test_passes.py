@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rt.config import DType
 from rt.errors import BuildError, NumericsError
 from rt.export.lower import WeightFile, lower
-from rt.export.observe import Observation, observe
+from rt.export.observe import Observation, norm_loss, observe
 from rt.export.passes.cast import cast
 from rt.export.passes.cost import cost, moved
 from rt.export.passes.fold import fold
@@ -139,7 +141,7 @@ def test_what_leaves_fp16_is_an_island_and_right_where_a_naive_cast_is_not(
 ) -> None:
     x = torch.randn(32, 32)
     traced = program(net, x=x)
-    seen = observe(traced)
+    seen = observe(traced, torch.float16)
     blind = Observation(outputs=seen.outputs, magnitudes={}, logits={})
     naive, none = cast(traced.module, DType.FP16, blind)
     ours, islands = cast(traced.module, DType.FP16, seen)
@@ -152,37 +154,88 @@ def test_what_leaves_fp16_is_an_island_and_right_where_a_naive_cast_is_not(
 
 
 def test_an_island_says_how_many_of_what_and_why() -> None:
-    _, islands = cast(*(lambda p: (p.module, DType.FP16, observe(p)))(program(Loud(), x=torch.randn(32, 32))))
+    traced = program(Loud(), x=torch.randn(32, 32))
+    _, islands = cast(traced.module, DType.FP16, observe(traced, torch.float16))
     assert [island.partition(": reach ")[0] for island in islands] == ["2 linear", "1 mul"]
 
 
 class Normed(nn.Module):
-    def __init__(self) -> None:
+    """With `offset`, what the norm reads is far from zero and hardly varies."""
+
+    def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
         self.linear, self.norm, self.table = nn.Linear(32, 32), nn.LayerNorm(32), nn.Embedding(10, 32)
+        with torch.no_grad():
+            self.linear.bias += offset
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor]:
         return (nn.functional.silu(self.norm(self.linear(x))) + self.table(tokens),)
 
 
 @pytest.mark.parametrize(("dtype", "half"), [(DType.FP16, torch.float16), (DType.BF16, torch.bfloat16)])
-def test_products_are_half_norms_are_fp32_and_the_outside_is_fp32(dtype: DType, half: torch.dtype) -> None:
+def test_products_and_norms_are_half_and_the_outside_is_fp32(dtype: DType, half: torch.dtype) -> None:
     inputs = {"x": torch.randn(32, 32), "tokens": torch.randint(10, (32,))}
     traced = program(Normed(), **inputs)
-    module, islands = cast(traced.module, dtype, observe(traced))
-    assert islands == ("1 layer_norm: sums over many elements",)
-    kept = {name: weight.dtype for name, weight in module.named_parameters()}
-    assert {name for name, kind in kept.items() if kind == torch.float32} == {
-        name for name in kept if "norm" in name
-    }
-    graph = torch.export.export(module, (), inputs, strict=False).graph
-    made = {n.target: n.meta["val"].dtype for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)}
-    assert made[aten.linear.default] == made[aten.embedding.default] == made[aten.silu.default] == half
-    assert made[aten.layer_norm.default] == torch.float32
+    module, islands = cast(traced.module, dtype, observe(traced, half))
+    assert islands == ()
+    assert {weight.dtype for weight in module.parameters()} == {half}
+    made = formats(module, inputs)
+    for op in (aten.linear, aten.embedding, aten.silu, aten.layer_norm):
+        assert made[op.default] == half
     result = module(**inputs)[0]
     assert result.dtype == torch.float32
     error = distance(result.detach().numpy(), traced.module(**inputs)[0].detach().numpy())
     assert 1e-5 < error < (3e-3 if dtype is DType.FP16 else 2e-2)
+
+
+@pytest.mark.parametrize(("dtype", "half"), [(DType.FP16, torch.float16), (DType.BF16, torch.bfloat16)])
+def test_a_norm_that_would_lose_too_much_is_an_island(dtype: DType, half: torch.dtype) -> None:
+    inputs = {"x": torch.randn(32, 32), "tokens": torch.randint(10, (32,))}
+    traced = program(Normed(offset=100.0), **inputs)
+    module, (island,) = cast(traced.module, dtype, observe(traced, half))
+    assert re.fullmatch(r"1 layer_norm: would lose up to [0-9.e+-]+", island)
+    kept = {name: weight.dtype for name, weight in module.named_parameters()}
+    assert {name for name, kind in kept.items() if kind == torch.float32} == {
+        name for name in kept if "norm" in name
+    }
+    made = formats(module, inputs)
+    assert made[aten.layer_norm.default] == torch.float32 and made[aten.silu.default] == half
+
+
+def formats(module: nn.Module, inputs: dict[str, Tensor]) -> dict[object, torch.dtype]:
+    graph = torch.export.export(module, (), inputs, strict=False).graph
+    return {n.target: n.meta["val"].dtype for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_norm_loses_more_far_from_zero_and_all_where_squares_overflow(half: torch.dtype) -> None:
+    rows = torch.randn(8, 4096)
+    eps = torch.finfo(half).eps
+    near, far = (norm_loss(rows + offset, 1e-5, half) for offset in (0.0, 101.7))
+    assert 0.1 * eps < near < eps < 3 * eps < far
+    loud = norm_loss(rows * 1e3, 1e-5, half)
+    assert loud == math.inf if half is torch.float16 else loud < eps
+    assert norm_loss(torch.zeros(2, 64), 1e-5, half) == 0.0
+
+
+def test_a_norm_is_measured_over_what_it_normalizes() -> None:
+    x = torch.randn(2, 8, 6, 6)
+    x[1, 4:] += 300.0
+    group, layer = (
+        observe(program(net, x=x), torch.float16).losses.popitem()[1]  # type: ignore[attr-defined]
+        for net in (OneOutput(nn.GroupNorm(2, 8)), OneOutput(nn.LayerNorm([6, 6])))
+    )
+    apart = [norm_loss(rows, 1e-5, torch.float16) for rows in (x.reshape(4, -1), x.reshape(16, -1))]
+    assert [group, layer] == pytest.approx(apart)
+
+
+class OneOutput(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.inner(x),)
 
 
 class Timed(nn.Module):
