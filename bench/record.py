@@ -8,7 +8,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Provenance:
 
     Attributes:
         date: Such as 2026-11-22.
+        time: Such as 17:04:59, or "" in records that did not keep it.
         commit: Of rt, with "-dirty" when files differ from it; None outside a checkout.
         machine: Without its name.
         versions: Of rt, Python, numpy and each engine that is installed.
@@ -36,13 +37,16 @@ class Provenance:
     commit: str | None
     machine: Machine
     versions: Mapping[str, str]
+    time: str = ""
 
     @classmethod
     def now(cls) -> Provenance:
         """Of a measurement that is being taken."""
         engines = {name: backend.available().version for name, backend in BACKENDS.items()}
+        now = datetime.now()
         return cls(
-            date=date.today().isoformat(),
+            date=now.date().isoformat(),
+            time=now.strftime("%H:%M:%S"),
             commit=_commit(),
             machine=Machine.here(),
             versions={
@@ -57,6 +61,14 @@ class Provenance:
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
         """From the `asdict` of one."""
         return cls(**{**data, "machine": Machine.from_json(data["machine"])})
+
+
+def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All records of a folder, the oldest first."""
+    records: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return sorted(
+        records, key=lambda record: (record["provenance"]["date"], record["provenance"].get("time", ""))
+    )
 
 
 def publish(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -5,14 +5,13 @@ A table shows the newest record of each kind; a document has it between two mark
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rt.bench.markdown import table
 from rt.bench.peers.table import render
-from rt.bench.record import RESULTS
+from rt.bench.record import RESULTS, read
 
 ROOT = RESULTS.parents[1]
 DEMO = "emoji-ldm"
@@ -21,7 +20,7 @@ Record = dict[str, Any]
 
 def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     """Of each document below the checkout, its tables by name, of the records under `results`."""
-    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    records = read(results)
     return {
         Path("README.md"): {"benchmarks": _speed(records)},
         Path("docs/benchmarks.md"): {"peers": render(records)},

@@ -1,4 +1,4 @@
-"""`build`: checkpoint → trace → cast → lower → verify → bundle."""
+"""`build`: checkpoint → trace → passes → observe → cast or quantize → lower → verify → bundle."""
 
 from __future__ import annotations
 
@@ -186,7 +186,8 @@ def _lower_all(
         ):
             file, reference = f"engines/{program.name}.onnx", f"reference/{program.name}.npz"
             with _step(bar, f"{program.name}: run in torch"):
-                seen = observe(program, HALF.get(config.dtype))
+                half = None if program.component is Component.UNET_TIME else HALF.get(config.dtype)
+                seen = observe(program, half)
                 save_reference(
                     stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs
                 )

@@ -133,6 +133,9 @@ def _draw(unet: _Recorder, programs: Mapping[Component, Program], checkpoint: Ch
     step = Step(_Torch(program, unet.run))
     table = TimeTable(time, (program.profile.height, program.profile.width))
     negative, *conds = _encode(checkpoint, ("", *PROMPTS))
+    if spec.zero_negative:  # as the pipeline has it
+        pooled = None if negative.pooled is None else np.zeros_like(negative.pooled)
+        negative = Conditioning(states=np.zeros_like(negative.states), pooled=pooled)
     texts = contexts(context, {negative, *conds})
     # One that every checkpoint's noise levels allow, whatever its own sampler is.
     schedule = Scheduler.from_config(spec.scheduler, "ddim").schedule(STEPS)
@@ -175,7 +178,7 @@ def costly(
 
     Squared errors of products add up (measured on the demo model: 0.0207 from 120 parts, 0.0212 of the whole), so the
     search halves the group with the largest error, measured with that group alone in int8, until single products are
-    left.
+    left, or it has measured often enough.
     """
     nodes = products(module)
     exact: Tensor = module(**inputs)[0]
@@ -187,7 +190,8 @@ def costly(
     whole = max(error([*nodes]), 1e-30)
     work = {name: _work(node) for name, node in nodes.items()}
     little = _LITTLE_WORK * sum(work.values())
-    groups = [(1.0, [name for name in nodes if work[name] <= little])]
+    cheap = [name for name in nodes if work[name] <= little]
+    groups = [(error(cheap) / whole, cheap)]
     found: dict[str, float] = {}
     for _ in range(_SPLITS):
         share, names = groups.pop(groups.index(max(groups))) if groups else (0.0, [])

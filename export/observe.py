@@ -19,6 +19,7 @@ aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
 _NORMS = {aten.group_norm.default, aten.layer_norm.default}
 _EPSILON = 1e-5  # where a norm's arguments leave it out
+_AT_ONCE = 1 << 22  # elements of which a handful of copies fit into memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +102,18 @@ def norm_loss(rows: Tensor, epsilon: float, half: torch.dtype) -> float:
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.to(half).float()
 
-    rows = rounded(rows)
-    exact = torch.nn.functional.layer_norm(rows, rows.shape[-1:], eps=epsilon)
-    centred = rounded(rows - rounded(rows.mean(-1, keepdim=True)))
-    variance = rounded(rounded(centred * centred).mean(-1, keepdim=True))
-    got = rounded(centred * rounded(torch.rsqrt(variance + epsilon)))
-    loss = float((got - exact).norm() / exact.norm().clamp(min=1e-30))
-    return loss if math.isfinite(loss) and bool(variance.isfinite().all()) else math.inf
+    lost = total = 0.0
+    for part in rows.reshape(-1, rows.shape[-1]).split(max(1, _AT_ONCE // rows.shape[-1])):
+        part = rounded(part)
+        exact = torch.nn.functional.layer_norm(part, part.shape[-1:], eps=epsilon)
+        centred = rounded(part - rounded(part.mean(-1, keepdim=True)))
+        variance = rounded(rounded(centred * centred).mean(-1, keepdim=True))
+        if not variance.isfinite().all():
+            return math.inf
+        got = rounded(centred * rounded(torch.rsqrt(variance + epsilon)))
+        lost += float((got - exact).square().sum())
+        total += float(exact.square().sum())
+    return math.sqrt(lost / max(total, 1e-30))
 
 
 def _largest(tensor: Tensor) -> float:

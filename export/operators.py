@@ -1,7 +1,8 @@
 """The fused operators `rt::…` that native kernels replace: for torch with their reference, for ONNX as functions.
 
-Tensors are channels last. Sums and whatever is not a product compute in fp32; the result has the format of the first
-argument. `kernels/native/kernels.h` has the same operators for the CPU.
+Tensors are channels last; the result has the format of the first argument. Kernels sum, and compute whatever is not a
+product, in fp32; so does the function of GroupNorm, while those of attention and GEGLU follow their inputs.
+`kernels/native/kernels.h` has the same operators for the CPU.
 """
 
 from __future__ import annotations

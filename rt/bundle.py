@@ -96,7 +96,7 @@ class EngineRecord:
         outputs: In the order of the graph.
         error: Relative L2 distance from torch in fp32, per output, measured at the build.
         verified_with: Backend and arithmetic of that measurement, such as "openvino f32".
-        islands: Operators kept in fp32 in a half-precision graph, with how many and why.
+        islands: Operators that stayed in fp32, or in an int8 graph in floats: how many and why.
         passes: What rewrote the graph, in order.
     """
 

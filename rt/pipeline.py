@@ -199,12 +199,13 @@ class Pipeline:
         seeds = check_seeds(seed, count)
         check_output_type(output_type)
         guidance_scale, guidance_rescale = check_guidance(guidance_scale, guidance_rescale)
+        guidance_interval = check_guidance_interval(guidance_interval)
         guided = guidance_scale > 1
         size = choose_size(self._profiles, height, width)
         given = check_latents(latents, (count, *self.bundle.manifest.model.latent_shape(*size)))
         schedule = shorten(
             self._schedule(scheduler, num_inference_steps, timesteps, eta),
-            guidance_interval=check_guidance_interval(guidance_interval) if guided else (0.0, 1.0),
+            guidance_interval=guidance_interval if guided else (0.0, 1.0),
             step_cache=check_step_cache(step_cache, built=self.bundle.manifest.config.step_cache),
         )
         hole = check_inpainting(image, mask_image, size, wanted=self.bundle.manifest.model.inpainting)

@@ -120,7 +120,8 @@ class Group:
         rows = []
         for name, row in self._rows.items():
             figures = {}
-            for measure in (each for each in MEASURES if each in self._seconds[name]):
+            # Of what the anchor was not asked for there is no ratio.
+            for measure in (each for each in MEASURES if each in self._seconds[name] and each in base):
                 samples = Samples(tuple(self._seconds[name][measure]))
                 output = self._outputs[name].get(measure)
                 error = None if output is None else _error(output, reference.get(measure))

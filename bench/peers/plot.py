@@ -5,7 +5,6 @@ One SVG a model and machine, `docs/peers-MODEL-MACHINE.svg`, of the figures that
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 
 from rt.bench.peers.peer import MEASURES, PICTURE, STEP, TEXT, UNET, VAE
 from rt.bench.peers.table import Line, Section, sections
-from rt.bench.record import RESULTS
+from rt.bench.record import RESULTS, read
 from rt.machine import Machine
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -106,7 +105,7 @@ def file_name(section: Section) -> str:
 
 def update(docs: Path = DOCS, results: Path = RESULTS) -> None:
     """Draw all sections into `docs`."""
-    for section in sections(json.loads(path.read_text()) for path in sorted(results.glob("*.json"))):
+    for section in sections(read(results)):
         draw(section, docs / file_name(section))
 
 

@@ -66,7 +66,7 @@ class Section:
             if any(line.figures.get(column, {}).get("error") is not None for line in self.lines.values())
         ]
         return table(
-            ("error, memory", *columns, "peak while loading", "peak after", "ready"),
+            (f"error (× {self.anchor}), memory", *columns, "peak while loading", "peak after", "ready"),
             (
                 (
                     name,
@@ -107,15 +107,23 @@ def _add(section: Section, peers: Mapping[str, Any], date: str) -> None:
     section.lines = {}
     section.dates.append(date)
     section.gemm_gflops += [speed for group in peers["gemm_gflops"] for speed in group]
+    anchors = {row["group"]: row["figures"] for row in peers["rows"] if row["name"] == peers["anchor"]}
     for row in peers["rows"]:
         before = older.pop(row["name"], Line(row)) if row["name"] not in section.lines else None
         line = section.lines.setdefault(row["name"], before or Line(row))
         line.row = row
-        for measure, figure in row["figures"].items():
+        for measure, plain in row["figures"].items():
+            figure = {**plain, "error_ratio": _ratio(plain, anchors[row["group"]].get(measure, {}))}
             column = _column(measure, peers["steps"])
             first = before is not None or column not in line.figures
             line.figures[column] = figure if first else _pooled(line.figures[column], figure)
     section.lines |= older
+
+
+def _ratio(figure: Mapping[str, Any], anchor: Mapping[str, Any]) -> float | None:
+    """Of the errors; None where the anchor has none."""
+    error, least = figure["error"], anchor.get("error")
+    return error / least if error is not None and least else None
 
 
 def _pooled(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,8 +150,12 @@ def _time(figure: Mapping[str, Any] | None) -> str:
 
 
 def _error(figure: Mapping[str, Any] | None) -> str:
-    error = None if figure is None else figure["error"]
-    return "" if error is None else f"{error:.1e}" if error else "0"
+    if figure is None or figure["error"] is None:
+        return ""
+    if not figure["error"]:
+        return "0"
+    ratio = figure["error_ratio"]
+    return f"{figure['error']:.1e}" + ("" if ratio is None else f" ({ratio:.2g})")
 
 
 def lines(record: Record) -> Iterator[str]:

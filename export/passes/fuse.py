@@ -76,6 +76,8 @@ def _group_norm_silu(node: fx.Node) -> fx.Node | None:
     norm = node.args[0]
     if not isinstance(norm, fx.Node) or norm.target is not ops.group_norm.default or len(norm.users) > 1:
         return None
+    if norm.args[-1]:  # has one already
+        return None
     return node.graph.call_function(norm.target, (*norm.args[:-1], True))
 
 

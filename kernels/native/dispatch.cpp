@@ -20,7 +20,7 @@ const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const auto sets = available();
     const char* wanted = std::getenv("RT_ISA");
-    if (wanted == nullptr) return *sets.back();
+    if (wanted == nullptr || *wanted == 0) return *sets.back();
     std::string names;
     for (const Kernels* set : sets) {
       if (std::string(wanted) == set->name) return *set;

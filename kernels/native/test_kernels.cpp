@@ -170,6 +170,7 @@ int main() {
     convolve(*set, {2, 8, 8, 64, 64});
     convolve(*set, {1, 7, 9, 32, 48});
     convolve(*set, {1, 1, 1, 32, 16});
+    convolve(*set, {1, 52, 52, 320, 16});  // more tiles than one block
     convolve(*set, {2, 16, 16, 320, 80});
   }
   return failures != 0;

@@ -63,7 +63,8 @@ class OpenVINO:
     ) -> OpenVINOEngine:
         """Read and compile the graph."""
         options = {
-            "INFERENCE_PRECISION_HINT": self.arithmetic(dtype),
+            # The types in a graph decide, which keeps its islands; only an int8 graph leaves its floats to the engine.
+            "INFERENCE_PRECISION_HINT": self.arithmetic(dtype) if dtype is DType.INT8 else "f32",
             "EXECUTION_MODE_HINT": "ACCURACY" if dtype is DType.FP32 else "PERFORMANCE",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,

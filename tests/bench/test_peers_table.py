@@ -17,7 +17,7 @@ from rt.bench.timing import Samples
 MACHINE = {"system": "x", "processor": "abacus", "cores": 2, "memory_gib": 1.5, "features": []}
 
 
-def row(name: str, group: int = 0, **figures: tuple[float, ...]) -> Row:
+def row(name: str, group: int = 0, error: float = 0.0123, **figures: tuple[float, ...]) -> Row:
     return Row(
         name=name,
         ours=name.startswith("rt"),
@@ -28,7 +28,7 @@ def row(name: str, group: int = 0, **figures: tuple[float, ...]) -> Row:
         steady_mib=512.0,
         figures={
             measure: Figure(
-                samples=Samples(seconds), ratio=seconds[0] / 2, error=0.0123 if measure == "unet" else None
+                samples=Samples(seconds), ratio=seconds[0] / 2, error=error if measure == "unet" else None
             )
             for measure, seconds in figures.items()
         },
@@ -61,14 +61,14 @@ def cells(text: str, name: str) -> list[list[str]]:
 
 
 def test_a_table_has_times_with_ratios_then_errors_and_memory() -> None:
-    text = render([record(row("by hand", unet=(2.0,)), row("rt", unet=(1.5,), text=(0.01,)))])
+    text = render([record(row("by hand", unet=(2.0,)), row("rt", error=0.0246, unet=(1.5,), text=(0.01,)))])
     assert text.startswith("**m**, 64 × 64, with guidance, on abacus, 2 cores, 1.5 GiB, 2020-01-01. ")
     assert "100 to 120 GFLOP/s" in text
     assert "| time (× by hand) | text encoder | U-Net |" in text
-    assert "| error, memory | U-Net | peak while loading | peak after | ready |" in text
+    assert "| error (× by hand), memory | U-Net | peak while loading | peak after | ready |" in text
     assert cells(text, "rt") == [
         ["rt", "10 ms (0.01)", "1.50 s (0.75)"],
-        ["rt", "1.2e-02", "1.00 GiB", "0.50 GiB", "3.2 s"],
+        ["rt", "2.5e-02 (2)", "1.00 GiB", "0.50 GiB", "3.2 s"],
     ]
     assert cells(text, "by hand")[0] == ["by hand", "", "2.00 s (1.00)"]
 

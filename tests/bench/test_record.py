@@ -57,3 +57,15 @@ def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.Monk
     assert record._commit() == head[:12]
     (tmp_path / "file").write_text("2")
     assert record._commit() == head[:12] + "-dirty"
+
+
+def test_records_are_read_in_the_order_in_which_they_were_taken(tmp_path: Path) -> None:
+    for name, day, time in (
+        ("a", "2026-01-02", "09:00:00"),
+        ("b", "2026-01-02", "08:00:00"),
+        ("c", "2026-01-01", "23:00:00"),
+    ):
+        provenance = {"date": day, "time": time}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"provenance": provenance, "name": name}))
+    (tmp_path / "old.json").write_text(json.dumps({"provenance": {"date": "2026-01-02"}, "name": "old"}))
+    assert [each["name"] for each in record.read(tmp_path)] == ["c", "old", "b", "a"]

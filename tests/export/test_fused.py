@@ -119,6 +119,26 @@ def test_what_the_kernels_do_not_take_stays_as_it_was() -> None:
     assert counted[aten.silu.default] == 1, "the norm has other readers, so that it cannot end in SiLU"
 
 
+class Twice(nn.Module):
+    """SiLU of SiLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, 32)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (nn.functional.silu(nn.functional.silu(self.norm(x))),)
+
+
+def test_a_norm_takes_one_silu() -> None:
+    x = torch.randn(1, 32, 6, 6)
+    with torch.no_grad():
+        program = trace_program("twice", Component.UNET, None, Twice(), {"x": x}, ("y",))
+        after = fused(program)
+        torch.testing.assert_close(after.module(x=x)[0], program.module(x=x)[0], rtol=1e-5, atol=1e-5)
+    assert operations(after)[aten.silu.default] == 1
+
+
 class OneTensor(nn.Module):
     """Attention whose queries, keys and values are one tensor."""
 

@@ -160,26 +160,40 @@ def test_openvino_runs_every_chosen_product_in_an_int8_kernel(
 
 
 class Diluted(nn.Module):
-    """Most of the work and little of the result is `large`; `small` gives all the rest."""
+    """Most of the work is `large`, and nearly all of the result `small`; the other small ones hardly count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.large, self.small = nn.Linear(512, 512), nn.Linear(512, 2)
+        self.others = nn.ModuleList(nn.Linear(512, 2) for _ in range(3))
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (self.small(x) + 1e-3 * self.large(x)[:, :2],)
+        faint = self.large(x)[:, :2] + sum(other(x) for other in self.others)
+        return (self.small(x) + 1e-3 * faint,)
 
 
 def test_what_costs_much_error_and_saves_little_work_stays_in_floats() -> None:
     x = torch.randn(8, 512)
     module = torch.export.export(Diluted().eval(), (), {"x": x}, strict=False).module(check_guards=False)
-    seen = dict.fromkeys(("large.weight", "small.weight"), Range.of(x))
+    seen = dict.fromkeys((name for name, _ in module.named_parameters() if "weight" in name), Range.of(x))
     with torch.no_grad():
         kept = costly(module, seen, {"x": x})  # type: ignore[arg-type]
     calibration = Calibration(ranges=seen, kept=kept)
     (words,) = calibration.islands(module)  # type: ignore[arg-type]
-    assert calibration.chosen == {"large.weight"}
-    assert words == "1 of 2 products: 100% of its squared error, 0.4% of the work"
+    assert calibration.chosen == seen.keys() - {"small.weight"}
+    assert words == "1 of 5 products: 100% of its squared error, 0.4% of the work"
+
+
+def test_a_cheap_product_that_costs_nothing_goes_to_int8() -> None:
+    x = torch.randn(8, 512)
+    net = Diluted().eval()
+    with torch.no_grad():
+        net.small.weight /= 1e6
+    module = torch.export.export(net, (), {"x": x}, strict=False).module(check_guards=False)
+    seen = dict.fromkeys((name for name, _ in module.named_parameters() if "weight" in name), Range.of(x))
+    with torch.no_grad():
+        kept = costly(module, seen, {"x": x})  # type: ignore[arg-type]
+    assert "small.weight" not in kept
 
 
 @pytest.fixture(scope="module")
