@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rt.backends import get
 from rt.config import DType
 from rt.errors import BuildError, NumericsError
 from rt.export.lower import WeightFile, lower
@@ -201,24 +200,6 @@ def test_a_norm_that_would_lose_too_much_is_an_island(dtype: DType, half: torch.
     }
     made = formats(module, inputs)
     assert made[aten.layer_norm.default] == torch.float32 and made[aten.silu.default] == half
-
-
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_openvino_computes_an_island_in_fp32_and_the_rest_in_bf16(offset: float, tmp_path: Path) -> None:
-    backend = get("openvino")
-    if backend.arithmetic(DType.BF16) != "bf16":
-        pytest.skip("this processor computes no bf16")
-    inputs = {"x": torch.randn(32, 32), "tokens": torch.randint(10, (32,))}
-    traced = program(Normed(offset), **inputs)
-    module, islands = cast(traced.module, DType.BF16, observe(traced, torch.bfloat16))
-    with WeightFile(tmp_path / "net.weights") as store:
-        lower(traced, module, store, tmp_path / "net.onnx")
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
-    request = backend._core.compile_model(tmp_path / "net.onnx", "CPU", options).create_infer_request()  # type: ignore[attr-defined]
-    request.infer({name: value.numpy() for name, value in inputs.items()})
-    ran = {info.node_type: info.exec_type for info in request.profiling_info}
-    assert "bf16" in ran["FullyConnected"]
-    assert ("bf16" in ran["MVN"]) == (not islands) == (offset == 0)
 
 
 def formats(module: nn.Module, inputs: dict[str, Tensor]) -> dict[object, torch.dtype]:
