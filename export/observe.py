@@ -103,7 +103,8 @@ def norm_loss(rows: Tensor, epsilon: float, half: torch.dtype) -> float:
         return tensor.to(half).float()
 
     lost = total = 0.0
-    for part in rows.reshape(-1, rows.shape[-1]).split(max(1, _AT_ONCE // rows.shape[-1])):
+    rows = rows.reshape(-1, rows.shape[-1])
+    for part in torch.split(rows, max(1, _AT_ONCE // rows.shape[-1])):
         part = rounded(part)
         exact = torch.nn.functional.layer_norm(part, part.shape[-1:], eps=epsilon)
         centred = rounded(part - rounded(part.mean(-1, keepdim=True)))
