@@ -134,8 +134,7 @@ def _draw(unet: _Recorder, programs: Mapping[Component, Program], checkpoint: Ch
     table = TimeTable(time, (program.profile.height, program.profile.width))
     negative, *conds = _encode(checkpoint, ("", *PROMPTS))
     if spec.zero_negative:  # as the pipeline has it
-        pooled = None if negative.pooled is None else np.zeros_like(negative.pooled)
-        negative = Conditioning(states=np.zeros_like(negative.states), pooled=pooled)
+        negative = negative.zeros()
     texts = contexts(context, {negative, *conds})
     # One that every checkpoint's noise levels allow, whatever its own sampler is.
     schedule = Scheduler.from_config(spec.scheduler, "ddim").schedule(STEPS)

@@ -21,6 +21,11 @@ class Conditioning:
     states: Float32
     pooled: Float32 | None = None
 
+    def zeros(self) -> Conditioning:
+        """As large and all zero: what no negative prompt means to SDXL."""
+        pooled = None if self.pooled is None else np.zeros_like(self.pooled)
+        return Conditioning(states=np.zeros_like(self.states), pooled=pooled)
+
 
 def contexts(
     engine: Engine, conditionings: set[Conditioning]

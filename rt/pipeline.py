@@ -303,8 +303,7 @@ class Pipeline:
 
         def encode_negative(text: str | None, cond: Conditioning) -> Conditioning:
             if text is None and self.bundle.manifest.model.zero_negative:
-                pooled = None if cond.pooled is None else np.zeros_like(cond.pooled)
-                return Conditioning(states=np.zeros_like(cond.states), pooled=pooled)
+                return cond.zeros()
             return encode(text or "")
 
         conds = [encode(prompt) for prompt in prompts]

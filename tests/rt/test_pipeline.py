@@ -78,6 +78,11 @@ WRONG: list[tuple[dict[str, Any], type[ConfigError], str]] = [
         ConfigError,
         "guidance_interval is 0.5; it must be two numbers with 0 <= start",
     ),
+    (
+        {"guidance_interval": (0.8, 0.2), "guidance_scale": 1.0},
+        ConfigError,
+        "guidance_interval is (0.8, 0.2)",
+    ),
     ({"guidance_interval": "ab"}, ConfigError, "guidance_interval is 'ab'; it must be two numbers"),
     ({"guidance_interval": (0.4, 0.41)}, ConfigError, "holds none of the 2 steps: make it wider"),
     ({"step_cache": 0}, ConfigError, "step_cache is 0; it must be a whole number of at least 1"),
