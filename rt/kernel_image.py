@@ -1,0 +1,107 @@
+"""A kernel compiled for one GPU architecture, and how to launch it: no Python and no Triton needed any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rt.expression import evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorArgument:
+    """A pointer that a kernel takes.
+
+    Attributes:
+        name: Of the parameter.
+        shape: A formula (`rt.expression`) a dimension, over the sizes of the kernel; contiguous, the last fastest.
+        dtype: Its numpy or ml_dtypes name, such as float16, bfloat16, uint8.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorArgument:
+        """From the manifest."""
+        return cls(name=data["name"], shape=tuple(data["shape"]), dtype=data["dtype"])
+
+    def extent(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape for `sizes`."""
+        return tuple(int(evaluate(text, sizes)) for text in self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelImage:
+    """One cubin, good for one set of compile-time constants and any sizes it does not fix.
+
+    The arguments are, in this order: a pointer an input, a 32-bit integer a scalar, a pointer an output.
+
+    Attributes:
+        kernel: Name of the `KernelSpec`.
+        name: Unique in a bundle or library; says kernel, formats, constants and architecture.
+        symbol: The entry point.
+        capability: Compute capability it was compiled for, such as 90; see `runs_on`.
+        file: Path of the cubin, inside a bundle or relative to the list that holds this record.
+        sizes: Sizes that were fixed when it was compiled, such as the width of a head.
+        constants: What else was fixed: attributes and tile sizes.
+        inputs: Pointers that are read.
+        scalars: Parameter to formula over the sizes.
+        outputs: Pointers that are written; those that are read before, too, stand here.
+        grid: Formulas over sizes and constants, one to three.
+        threads: In a block.
+        shared_bytes: Dynamic shared memory.
+        registers: Of a thread.
+    """
+
+    kernel: str
+    name: str
+    symbol: str
+    capability: int
+    file: str
+    sizes: Mapping[str, int]
+    constants: Mapping[str, int | float | bool | str]
+    inputs: tuple[TensorArgument, ...]
+    scalars: Mapping[str, str]
+    outputs: tuple[TensorArgument, ...]
+    grid: tuple[str, ...]
+    threads: int
+    shared_bytes: int
+    registers: int
+
+    def runs_on(self, capability: int) -> bool:
+        """Whether a GPU of that compute capability executes it: cubins hold for one major version, upwards."""
+        return capability // 10 == self.capability // 10 and capability >= self.capability
+
+    def launch_grid(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
+        """Blocks in x, y and z for `sizes`."""
+        numbers = {name: value for name, value in self.constants.items() if isinstance(value, int)}
+        blocks = [int(evaluate(text, {**numbers, **self.sizes, **sizes})) for text in self.grid]
+        x, y, z = [*blocks, 1, 1][:3]
+        return x, y, z
+
+    def scalar_values(self, sizes: Mapping[str, int]) -> list[int]:
+        """The 32-bit integers for `sizes`, in order."""
+        return [int(evaluate(text, {**self.sizes, **sizes})) for text in self.scalars.values()]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; `from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> KernelImage:
+        """From what `to_json` gave."""
+
+        def arguments(values: Sequence[Mapping[str, Any]]) -> tuple[TensorArgument, ...]:
+            return tuple(TensorArgument.from_json(value) for value in values)
+
+        return cls(
+            **{
+                **data,
+                "inputs": arguments(data["inputs"]),
+                "outputs": arguments(data["outputs"]),
+                "grid": tuple(data["grid"]),
+            }
+        )
