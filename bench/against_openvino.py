@@ -16,7 +16,7 @@ from statistics import median
 
 import click
 
-from rt.backends import Engine, get
+from rt.backends import Engine, Form, get
 from rt.bench.bundle import PROMPT, describe, find_profile
 from rt.bench.record import RESULTS, publish
 from rt.bench.timing import Calibration, Samples, elapsed, gemm_gflops, interleave
@@ -79,7 +79,7 @@ def command(bundle: Path, steps: int, rounds: int, baseline: Path | None, out: P
 
 def _graph(bundle: Bundle, profile: ShapeProfile) -> Path:
     records = (r for r in bundle.manifest.engines if r.component is Component.UNET and r.guided)
-    return bundle.path / next(record.file for record in records if record.profile == profile)
+    return bundle.path / next(record.forms[Form.ONNX] for record in records if record.profile == profile)
 
 
 def _by_hand(graph: Path, engine: Engine, arithmetic: str, threads: int) -> Callable[[], object]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from rt.backends import Backend, choose
+from rt.backends import Backend, Form, choose
 from rt.bundle import (
     MANIFEST,
     SCHEMA,
@@ -184,7 +184,7 @@ def _lower_all(
         for program in trace(
             component, module, checkpoint.spec, config.profiles, text, step_cache=config.step_cache
         ):
-            file, reference = f"engines/{program.name}.onnx", f"reference/{program.name}.npz"
+            file, reference = f"engines/{program.name}.{Form.ONNX.value}", f"reference/{program.name}.npz"
             with _step(bar, f"{program.name}: run in torch"):
                 half = None if program.component is Component.UNET_TIME else HALF.get(config.dtype)
                 seen = observe(program, half)
@@ -200,19 +200,24 @@ def _lower_all(
             with _step(bar, f"{program.name}: lower"):
                 computing, islands = _in_format(program, dtype, seen, calibration)
                 lower(program, computing, store, stage / file)
-            fused = None
+            forms = {Form.ONNX.value: file}
             if dtype in (DType.BF16, DType.INT8) and program.component in _PICTURES:
                 with _step(bar, f"{program.name}: fuse"):
                     program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
-                    fused = f"engines/{program.name}.fused.onnx"
-                    lower(program, _fused(program.module, seen, calibration), store, stage / fused)
+                    forms[Form.FUSED.value] = f"engines/{program.name}.{Form.FUSED.value}"
+                    lower(
+                        program,
+                        _fused(program.module, seen, calibration),
+                        store,
+                        stage / forms[Form.FUSED.value],
+                    )
             yield EngineRecord(
                 name=program.name,
                 component=program.component,
                 profile=program.profile,
                 guided=program.guided,
                 dtype=dtype,
-                file=file,
+                forms=forms,
                 weights=weights,
                 reference=reference,
                 inputs=_input_specs(program),
@@ -223,7 +228,6 @@ def _lower_all(
                 verified_with="",
                 islands=islands,
                 passes=program.passes,
-                fused=fused,
             )
 
 

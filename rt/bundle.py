@@ -2,7 +2,7 @@
 
     manifest.json                what it is, how it was built, sha256 and size of every other file
     tokenizer/<component>.json   one a text encoder
-    engines/<name>.onnx          one a program and shape
+    engines/<name>.<form>        one or more a program and shape: a graph, a compiled library, a plan
     engines/<component>.weights  the tensors that these share
     reference/<name>.npz         inputs and torch's outputs, for `rt verify`
 
@@ -28,7 +28,7 @@ from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile, TensorSpec
 
 FORMAT = "rt-bundle"
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 _NO_DIGEST = b'"digest": "' + b"0" * 64 + b'"'
@@ -88,9 +88,8 @@ class EngineRecord:
         profile: The shape it is for; None where the shape does not depend on one (text).
         guided: U-Net only: one row of latents gives an unconditional and a conditional row.
         dtype: Format of weights and arithmetic; what runs once a schedule stays fp32 in a half-precision bundle.
-        file: Path of the graph inside the bundle; its weights are named by the graph.
-        fused: Path of the same program with the operators `rt::…`, for a backend that has kernels for them.
-        weights: Path of the tensors that the graph refers to.
+        forms: The program in each form that a backend may want (`rt.backends.Form`): form to path inside the bundle.
+        weights: Path of the tensors that the forms refer to.
         reference: Path of test inputs and torch's outputs for them.
         inputs: In the order of the graph.
         outputs: In the order of the graph.
@@ -105,7 +104,7 @@ class EngineRecord:
     profile: ShapeProfile | None
     guided: bool
     dtype: DType
-    file: str
+    forms: Mapping[str, str]
     weights: str
     reference: str
     inputs: tuple[TensorSpec, ...]
@@ -114,11 +113,14 @@ class EngineRecord:
     verified_with: str
     islands: tuple[str, ...]
     passes: tuple[PassRecord, ...]
-    fused: str | None = None
 
-    def graph(self, backend: Backend) -> str:
-        """Path of the graph that `backend` runs fastest."""
-        return self.fused if self.fused is not None and backend.fuses(self.dtype) else self.file
+    def runnable(self, backend: Backend) -> list[str]:
+        """Paths of the forms that `backend` can run here, the fastest first."""
+        return [self.forms[form] for form in backend.forms(self.dtype) if form in self.forms]
+
+    def form(self, backend: Backend) -> str:
+        """Path of the form that `backend` runs fastest here; there is one where `Manifest.unfit` says nothing."""
+        return self.runnable(backend)[0]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:
@@ -195,6 +197,16 @@ class Manifest:
     engines: tuple[EngineRecord, ...]
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+
+    def unfit(self, backend: Backend) -> str:
+        """Why `backend` cannot run these engines, or "" when it can."""
+        for engine in self.engines:
+            if not engine.runnable(backend):
+                return (
+                    f"{engine.name} was built as {', '.join(engine.forms)}, and it runs "
+                    f"{' or '.join(backend.forms(engine.dtype))}; rebuild with --backend {backend.name}"
+                )
+        return ""
 
     def to_bytes(self) -> bytes:
         """The manifest file, its own sha256 (taken with the digest's digits all zero) in it."""

@@ -34,7 +34,9 @@ class Engines:
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1, or None for all processors")
         config = bundle.manifest.config
-        self.backend, self.reason = choose(backend, config.dtype, preferred=config.backend)
+        self.backend, self.reason = choose(
+            backend, config.dtype, preferred=config.backend, unfit=bundle.manifest.unfit
+        )
         logger.info("%s", self.reason)
         self._bundle = bundle
         self._threads = threads or cpu_count()
@@ -50,7 +52,7 @@ class Engines:
         """
         missing = [record for record in map(self._find, keys) if record.name not in self._loaded]
         files = {
-            name for record in missing for name in (record.graph(self.backend), record.weights)
+            name for record in missing for name in (record.form(self.backend), record.weights)
         } - self._verified
         self._bundle.verify(files)
         self._verified |= files
@@ -71,7 +73,7 @@ class Engines:
 
     def _open(self, record: EngineRecord) -> Engine:
         return self.backend.load(
-            self._bundle.path / record.graph(self.backend),
+            self._bundle.path / record.form(self.backend),
             record.inputs,
             record.outputs,
             dtype=record.dtype,

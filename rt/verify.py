@@ -61,15 +61,15 @@ def compare(engine: Engine, reference: Path, *, name: str, dtype: DType) -> dict
 
 
 def check(record: EngineRecord, folder: Path, backend: Backend) -> dict[str, float]:
-    """Run every graph of an engine in `folder` that `backend` can run; gives the errors of the one that it prefers.
+    """Run every form of an engine in `folder` that `backend` can run; gives the errors of the one that it prefers.
 
     Raises:
         NumericsError, AccuracyError: As `compare`.
     """
     errors = {}
-    for graph in dict.fromkeys((record.file, record.graph(backend))):
+    for path in reversed(record.runnable(backend)):
         engine = backend.load(
-            folder / graph, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
+            folder / path, record.inputs, record.outputs, dtype=record.dtype, threads=cpu_count()
         )
         errors = compare(engine, folder / record.reference, name=record.name, dtype=record.dtype)
         del engine  # before the next one takes its own memory

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
-from rt.backends.base import Array, Availability, Backend, Engine
+from rt.backends.base import Array, Availability, Backend, Engine, Form
 from rt.backends.openvino_cpu import OpenVINO
 from rt.backends.ort_cpu import OnnxRuntime
 from rt.config import DType
 from rt.errors import BackendUnavailableError, ConfigError, nearest
 
-__all__ = ["AUTO", "BACKENDS", "Array", "Availability", "Backend", "Engine", "choose", "cpu_count", "get"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "Array",
+    "Availability",
+    "Backend",
+    "Engine",
+    "Form",
+    "choose",
+    "cpu_count",
+    "get",
+]
 
 AUTO = "auto"
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OpenVINO(), OnnxRuntime())}
@@ -29,17 +41,20 @@ def get(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def choose(name: str, dtype: DType, preferred: str = "") -> tuple[Backend, str]:
+def choose(
+    name: str, dtype: DType, preferred: str = "", unfit: Callable[[Backend], str] = lambda backend: ""
+) -> tuple[Backend, str]:
     """The backend to run graphs of `dtype` with, and one line that says why it is this one.
 
     Args:
         name: A backend, which is then the only candidate, or "auto".
         dtype: The format of the graphs.
         preferred: What the bundle was verified with; "auto" tries it first.
+        unfit: Why the bundle at hand has nothing for a backend, or "" where it has.
 
     Raises:
         BackendUnavailableError: When no candidate is installed, with the command that installs one.
-        ConfigError: When the name is unknown, or that backend cannot run `dtype`.
+        ConfigError: When the name is unknown, or that backend cannot run `dtype` or this bundle.
     """
     if name != AUTO:
         backend = get(name)
@@ -47,10 +62,12 @@ def choose(name: str, dtype: DType, preferred: str = "") -> tuple[Backend, str]:
             raise BackendUnavailableError(f"{name}: {problem}")
         if reason := backend.refuses(dtype):
             raise ConfigError(f"{name} cannot run {dtype.value} graphs: {reason}")
+        if reason := unfit(backend):
+            raise ConfigError(f"{name} cannot run this bundle: {reason}")
         return backend, f"{name}: as asked"
     passed_over: list[str] = []
     for candidate in sorted(BACKENDS.values(), key=lambda backend: backend.name != preferred):
-        problem = candidate.available().problem or candidate.refuses(dtype)
+        problem = candidate.available().problem or candidate.refuses(dtype) or unfit(candidate)
         if not problem:
             why = "".join(f"; not {other}" for other in passed_over)
             return (

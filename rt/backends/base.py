@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,15 @@ from rt.errors import BackendError
 from rt.shapes import TensorSpec
 
 Array = NDArray[Any]
+
+
+class Form(str, Enum):
+    """What a program is kept as in a bundle; a backend runs some of them."""
+
+    ONNX = "onnx"
+    """A graph of standard operators: every backend that reads ONNX runs it."""
+    FUSED = "fused.onnx"
+    """The same with the operators `rt::…`, for a backend that has kernels for them."""
 
 
 class Engine(Protocol):
@@ -68,8 +78,8 @@ class Backend(Protocol):
     def arithmetic(self, dtype: DType) -> str:
         """The format of its floats for graphs of `dtype`: f32, bf16 or f16, as its library names it."""
 
-    def fuses(self, dtype: DType) -> bool:
-        """Whether it runs graphs of `dtype` faster that have the fused operators `rt::…` in them."""
+    def forms(self, dtype: DType) -> tuple[Form, ...]:
+        """What it can load here of a program in `dtype`, the fastest first."""
 
     def load(
         self,
@@ -80,7 +90,7 @@ class Backend(Protocol):
         dtype: DType,
         threads: int,
     ) -> Engine:
-        """Load a graph and bind a buffer to each of its inputs and outputs.
+        """Load one of its forms and bind a buffer to each of its inputs and outputs.
 
         Raises:
             BackendError: When the library refuses the file.

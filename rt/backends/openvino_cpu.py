@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rt.backends import native
-from rt.backends.base import Array, Availability, broken, buffers, failure
+from rt.backends.base import Array, Availability, Form, broken, buffers, failure
 from rt.config import DType
 from rt.extras import install_line
 from rt.shapes import TensorSpec
@@ -48,9 +48,10 @@ class OpenVINO:
         wanted = dtype in (DType.BF16, DType.INT8)
         return "bf16" if wanted and "BF16" in self._capabilities else "f32"
 
-    def fuses(self, dtype: DType) -> bool:
-        """Where our kernels are built, and compute what it computes."""
-        return self.arithmetic(dtype) == "bf16" and bool(native.kernels())
+    def forms(self, dtype: DType) -> tuple[Form, ...]:
+        """Fused where our kernels are built, and compute what it computes."""
+        fused = self.arithmetic(dtype) == "bf16" and native.kernels()
+        return (Form.FUSED, Form.ONNX) if fused else (Form.ONNX,)
 
     def load(
         self,

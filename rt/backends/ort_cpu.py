@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rt.backends.base import Array, Availability, broken, buffers, failure
+from rt.backends.base import Array, Availability, Form, broken, buffers, failure
 from rt.config import DType
 from rt.extras import install_line
 from rt.shapes import TensorSpec
@@ -49,9 +49,9 @@ class OnnxRuntime:
         """The format of the graph; that of an int8 graph's floats is f32."""
         return "f16" if dtype is DType.FP16 else "f32"
 
-    def fuses(self, dtype: DType) -> bool:
-        """Never: it would inline them."""
-        return False
+    def forms(self, dtype: DType) -> tuple[Form, ...]:
+        """Plain graphs: it would inline fused operators."""
+        return (Form.ONNX,)
 
     def load(
         self,

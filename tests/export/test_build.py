@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from rt.backends import BACKENDS, get
+from rt.backends import BACKENDS, Form, get
 from rt.bundle import MANIFEST, Bundle
 from rt.config import BuildConfig, DType
 from rt.errors import AccuracyError, BuildError, ConfigError, NumericsError, ShapeError
@@ -171,7 +171,11 @@ def test_profiles_share_their_weights(one: Bundle, several: Bundle) -> None:
     for component in ("unet", "vae_decoder", "text_encoder"):
         name = f"engines/{component}.weights"
         assert several.manifest.files[name] == one.manifest.files[name]
-        graphs = [several.path / e.file for e in several.manifest.engines if e.component.value == component]
+        graphs = [
+            several.path / e.forms[Form.ONNX]
+            for e in several.manifest.engines
+            if e.component.value == component
+        ]
         largest = max((p.numel() for p in toy().load(Component(component)).parameters()), default=0)
         assert all(graph.stat().st_size < 4 * largest + 20_000 for graph in graphs)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rt.backends import get
+from rt.backends import Form, get
 from rt.bundle import Bundle
 from rt.config import DType
 from rt.export.lower import OPSET, WeightFile, lower
@@ -148,8 +148,8 @@ def test_a_graph_is_valid_of_one_opset_and_anonymous(lowered: Callable[[nn.Modul
 
 def test_every_graph_of_a_bundle_is_valid(demo_bundle: Path) -> None:
     for record in Bundle.open(demo_bundle).manifest.engines:
-        onnx.checker.check_model(demo_bundle / record.file)
-        graph = onnx.load(demo_bundle / record.file, load_external_data=False)
+        onnx.checker.check_model(demo_bundle / record.forms[Form.ONNX])
+        graph = onnx.load(demo_bundle / record.forms[Form.ONNX], load_external_data=False)
         assert [value.name for value in graph.graph.input] == [spec.name for spec in record.inputs]
         assert [value.name for value in graph.graph.output] == [spec.name for spec in record.outputs]
         assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rt.backends import get
+from rt.backends import Form, get
 from rt.bundle import Bundle
 from rt.config import DType
 from rt.export.calibrate import Calibration, costly
@@ -207,7 +207,11 @@ def test_an_int8_bundle_is_as_near_as_it_says_in_every_engine(int8_bundle: Path,
     bundle = Bundle.open(int8_bundle)
     for record in bundle.manifest.engines:
         engine = get(backend).load(
-            bundle.path / record.file, record.inputs, record.outputs, dtype=record.dtype, threads=1
+            bundle.path / record.forms[Form.ONNX],
+            record.inputs,
+            record.outputs,
+            dtype=record.dtype,
+            threads=1,
         )
         errors = compare(engine, bundle.path / record.reference, name=record.name, dtype=record.dtype)
         assert max(errors.values()) < 1.5 * max(record.error.values()) + 1e-6
@@ -219,7 +223,9 @@ def test_an_int8_bundle_has_its_unet_in_int8_and_says_what_is_not(
 ) -> None:
     manifest, full = Bundle.open(int8_bundle).manifest, Bundle.open(demo_bundle).manifest
     for record in manifest.engines:
-        kinds = {tensor.data_type for tensor in onnx.load(int8_bundle / record.file).graph.initializer}
+        kinds = {
+            tensor.data_type for tensor in onnx.load(int8_bundle / record.forms[Form.ONNX]).graph.initializer
+        }
         assert (onnx.TensorProto.INT8 in kinds) == (record.component is Component.UNET)
         assert record.dtype is (DType.FP32 if record.component is Component.UNET_TIME else DType.INT8)
         assert bool(record.islands) == (record.component is Component.UNET)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rt.backends import AUTO, BACKENDS, Engine, choose, cpu_count, get, openvino_cpu, ort_cpu
+from rt.backends import AUTO, BACKENDS, Backend, Engine, Form, choose, cpu_count, get, openvino_cpu, ort_cpu
 from rt.bundle import Bundle, EngineRecord
 from rt.config import DType
 from rt.errors import BackendError, BackendUnavailableError, ConfigError
@@ -50,7 +50,7 @@ def demo(demo_bundle: Path) -> Bundle:
 @pytest.fixture
 def load(demo: Bundle) -> Callable[[str, EngineRecord], Engine]:
     return lambda name, record: get(name).load(
-        demo.path / record.file, record.inputs, record.outputs, dtype=DType.FP32, threads=1
+        demo.path / record.forms[Form.ONNX], record.inputs, record.outputs, dtype=DType.FP32, threads=1
     )
 
 
@@ -147,6 +147,20 @@ def test_a_backend_that_is_not_installed_gives_the_exact_install_line(
         choose(name, DType.FP32)
     assert str(error.value).startswith(f"{name}: not installed; run: {INSTALL[name]}")
     assert str(error.value).endswith('"')
+
+
+def test_a_backend_that_the_bundle_was_not_built_for_is_refused_or_passed_over() -> None:
+    def unfit(backend: Backend) -> str:
+        return "built as a stone; rebuild with --backend openvino" if backend.name == "openvino" else ""
+
+    with pytest.raises(
+        ConfigError, match=r"^openvino cannot run this bundle: built as a stone; rebuild with"
+    ):
+        choose("openvino", DType.FP32, unfit=unfit)
+    backend, reason = choose(AUTO, DType.FP32, "openvino", unfit)
+    assert backend.name == "onnxruntime" and "not openvino (built as a stone;" in reason
+    with pytest.raises(BackendUnavailableError, match=r"openvino \(built as a stone"):
+        choose(AUTO, DType.BF16, unfit=unfit)
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest() -> None:
@@ -248,10 +262,12 @@ def test_a_damaged_engine_is_one_line(
 ) -> None:
     record = demo.manifest.engines[-1]
     shutil.copytree(demo.path / "engines", tmp_path / "engines")
-    damage(tmp_path / record.file, tmp_path / record.weights)
+    damage(tmp_path / record.forms[Form.ONNX], tmp_path / record.weights)
     with pytest.raises(BackendError) as error:
-        get(name).load(tmp_path / record.file, record.inputs, record.outputs, dtype=DType.FP32, threads=1)
-    assert str(error.value).startswith(f"{name} cannot load {tmp_path / record.file}: ")
+        get(name).load(
+            tmp_path / record.forms[Form.ONNX], record.inputs, record.outputs, dtype=DType.FP32, threads=1
+        )
+    assert str(error.value).startswith(f"{name} cannot load {tmp_path / record.forms[Form.ONNX]}: ")
     assert "\n" not in str(error.value) and error.value.exit_code == 1
     if name == "onnxruntime":
         assert capfd.readouterr().err == "", "the library logs what it raises"

@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -48,7 +50,7 @@ def make_manifest(files: dict[str, FileRecord]) -> Manifest:
         profile=profile,
         guided=True,
         dtype=DType.FP16,
-        file="engines/unet.onnx",
+        forms={"onnx": "engines/unet.onnx", "fused.onnx": "engines/unet.fused.onnx"},
         weights="engines/unet.weights",
         reference="reference/unet.npz",
         inputs=(TensorSpec(name="latents", shape=(2, 4, 8, 6)),),
@@ -276,3 +278,18 @@ def test_the_model_hash_is_ten_digits_of_the_unet_or_of_the_single_file() -> Non
     assert replace(source, files=folder).model_hash == "b" * 10
     assert replace(source, files={"model.safetensors": "d" * 64}).model_hash == "d" * 10
     assert re.fullmatch("[0-9a-f]{10}", source.model_hash)
+
+
+def test_a_backend_is_given_its_first_form_that_is_there() -> None:
+    manifest = make_manifest({})
+    record = manifest.engines[0]
+
+    def backend(*forms: str) -> Any:
+        return SimpleNamespace(name="stones", forms=lambda dtype: forms)
+
+    assert record.form(backend("fused.onnx", "onnx")) == "engines/unet.fused.onnx"
+    assert record.runnable(backend("plan", "onnx")) == ["engines/unet.onnx"]
+    assert manifest.unfit(backend("plan", "onnx")) == ""
+    assert manifest.unfit(backend("plan", "stone")) == (
+        "unet was built as onnx, fused.onnx, and it runs plan or stone; rebuild with --backend stones"
+    )

@@ -295,7 +295,7 @@ def test_run_finds_one_flipped_bit_in_every_file_that_it_reads(
 ) -> None:
     unused = ("unet-1x64x64", "unet-2x64x64", "unet-2x64x64-guided")
     engines = [engine for engine in Bundle.open(demo_bundle).manifest.engines if engine.name not in unused]
-    names = {name for engine in engines for name in (engine.file, engine.weights)}
+    names = {name for engine in engines for name in (*engine.forms.values(), engine.weights)}
     for name in [MANIFEST, "tokenizer/text_encoder.json", *sorted(names)]:
         file = damaged(name)
         result = rt("run", tmp_path / "damaged", "--prompt", "x", *FAST, "-o", "x.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rt.backends import BACKENDS, native
+from rt.backends import BACKENDS, Form, native
 from rt.backends.openvino_cpu import OpenVINO
 from rt.bundle import Bundle
 from rt.config import DType
@@ -18,7 +18,7 @@ from rt.verify import verify
 
 built = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native kernels are not built")
 pays = pytest.mark.skipif(
-    not OpenVINO().fuses(DType.BF16), reason="the native kernels are not used on this machine"
+    Form.FUSED not in OpenVINO().forms(DType.BF16), reason="the native kernels are not used on this machine"
 )
 
 
@@ -45,8 +45,9 @@ def test_an_instruction_set_that_the_processor_lacks(monkeypatch: pytest.MonkeyP
 @pays
 def test_fused_graphs_run_in_bf16_alone() -> None:
     assert native.kernels().instruction_set == os.environ.get("RT_ISA", native.BEST)
-    assert not OpenVINO().fuses(DType.FP32) and not OpenVINO().fuses(DType.FP16)
-    assert not BACKENDS["onnxruntime"].fuses(DType.BF16)
+    for dtype in (DType.FP32, DType.FP16):
+        assert OpenVINO().forms(dtype) == (Form.ONNX,)
+    assert BACKENDS["onnxruntime"].forms(DType.BF16) == (Form.ONNX,)
 
 
 @pays
@@ -54,12 +55,12 @@ def test_the_fused_step_is_chosen_and_as_close_as_the_other(
     bf16: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = next(r for r in bf16.manifest.engines if r.component is Component.UNET and r.guided)
-    assert record.fused is not None and record.graph(OpenVINO()) == record.fused
-    assert record.graph(BACKENDS["onnxruntime"]) == record.file
+    assert record.form(OpenVINO()) == record.forms[Form.FUSED]
+    assert record.form(BACKENDS["onnxruntime"]) == record.forms[Form.ONNX]
     backend = OpenVINO()
     fused = dict(_errors(bf16, backend))
-    monkeypatch.setattr(OpenVINO, "fuses", lambda self, dtype: False)
-    assert record.graph(backend) == record.file
+    monkeypatch.setattr(OpenVINO, "forms", lambda self, dtype: (Form.ONNX,))
+    assert record.form(backend) == record.forms[Form.ONNX]
     plain = dict(_errors(bf16, backend))
     for name, error in fused.items():
         assert error <= 2 * plain[name] + 2e-3, name
@@ -90,9 +91,9 @@ def test_verify_runs_both_graphs(bf16: Bundle, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(OpenVINO, "load", watched)
     _errors(bf16, OpenVINO())
-    fused = [record for record in bf16.manifest.engines if record.fused]
-    assert {Path(record.file).name for record in bf16.manifest.engines} <= {*loaded}
-    assert fused and {Path(str(record.fused)).name for record in fused} <= {*loaded}
+    fused = [record for record in bf16.manifest.engines if Form.FUSED in record.forms]
+    assert {Path(record.forms[Form.ONNX]).name for record in bf16.manifest.engines} <= {*loaded}
+    assert fused and {Path(record.forms[Form.FUSED]).name for record in fused} <= {*loaded}
 
 
 def _errors(bundle: Bundle, backend: OpenVINO) -> list[tuple[str, float]]:
