@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,10 +37,11 @@ from rt.export.calibrate import Calibration, calibrate
 from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
-from rt.export.passes.cast import HALF, cast
+from rt.export.passes.cast import HALF, cast, in_range
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
 from rt.export.passes.quantize import quantize
+from rt.export.passes.rescale import rescale
 from rt.export.program import Program
 from rt.export.staging import staged
 from rt.export.trace import trace
@@ -191,6 +193,10 @@ def _lower_all(
                 save_reference(
                     stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs
                 )
+                if half is torch.float16:  # bf16 reaches as far as fp32
+                    scaled = program.rewritten("rescale", partial(rescale, seen=seen, largest=in_range(half)))
+                    if scaled.module is not program.module:
+                        program, seen = scaled, observe(scaled, half)
             # What runs once a schedule costs nothing in fp32, and every step builds on it.
             dtype = DType.FP32 if program.component is Component.UNET_TIME else config.dtype
             early[program.component] = program

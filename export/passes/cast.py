@@ -52,7 +52,7 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
     """
     half = HALF[dtype]
     format = torch.finfo(half)
-    limit = format.max / _HEADROOM
+    limit = in_range(half)
     wide = {name for name, value in seen.magnitudes.items() if value > limit}
     rounded = {node.name for node in module.graph.nodes if node.target in (ROUNDED, DEQUANTIZED)}
     reads = {user.name for node in module.graph.nodes if node.target is DEQUANTIZED for user in node.users}
@@ -83,6 +83,11 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
         *(f"{len(of)} {op}: would lose up to {max(of):.1e}" for op, of in sorted(lossy.items())),
     ]
     return _Cast(module, half, islands, wide), tuple(words)
+
+
+def in_range(half: torch.dtype) -> float:
+    """The largest absolute value, of those measured at the build, that the format is trusted with."""
+    return torch.finfo(half).max / _HEADROOM
 
 
 class _Cast(nn.Module):
