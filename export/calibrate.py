@@ -179,7 +179,7 @@ def costly(
     """The products that cost much in error and save little in work, each with its share of the squared error.
 
     Squared errors of products add up (measured on the demo model: 0.0207 from 120 parts, 0.0212 of the whole), so the
-    search halves the group with the largest error, measured with that group alone in eight bits, until single products are
+    search halves the group with the largest error, measured with that group alone quantized, until single products are
     left, or it has measured often enough.
     """
     nodes = products(module, bits)
