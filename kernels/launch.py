@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from rt.errors import ConfigError
 from rt.expression import evaluate
+from rt.kernels.interpreter import widen_products
 from rt.kernels.spec import Case, KernelSpec
 
 GUARD = 512
@@ -42,6 +44,8 @@ class Outcome:
 
 def run(spec: KernelSpec, case: Case, tensors: Mapping[str, Tensor]) -> None:
     """Launch `case` on `tensors`, all inputs and outputs by name; returns before a GPU has finished."""
+    if knobs.runtime.interpret:
+        widen_products()
     config = spec.config(case)
     scalars = [int(evaluate(text, case.sizes)) for text in spec.scalars.values()]
     inputs, outputs = (
