@@ -1,4 +1,4 @@
-"""Triton's interpreter, put right where it is wrong: it keeps bf16 as bits, and `tl.dot` multiplies those as integers."""
+"""Triton's interpreter, put right: it keeps bf16 as bits, and its `tl.dot` multiplies those as integers."""
 
 from __future__ import annotations
 
