@@ -154,6 +154,6 @@ SPEC = KernelSpec(
     ),
     workloads={name: case(*sizes) for name, sizes in WIDE.items()},
     tolerance={"float16": 1e-5, "bfloat16": 1e-5, "float32": 1e-5},
-    budget=Budget(registers=64, shared_bytes=256),
+    budget=Budget(registers=80, shared_bytes=8192),
     examples={"x": off_centre},
 )

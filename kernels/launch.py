@@ -1,7 +1,7 @@
 """Run a kernel on torch tensors, on a GPU or in Triton's interpreter, and hold it to its reference.
 
-Outputs start as NaN, or as the largest integer, and each tensor lies between guards. Those of inputs are NaN, so that a
-value read from beyond the end shows; those of outputs are numbers that no kernel writes, so that even a NaN there shows.
+Outputs start as NaN, or as the largest integer, and each tensor lies between guards. Those of inputs are NaN, too, so
+that a value read from beyond the end shows; those of outputs are numbers that no kernel writes, so that NaN shows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rt.expression import evaluate
 from rt.kernels.interpreter import widen_products
 from rt.kernels.spec import Case, KernelSpec
 
-GUARD = 512
+GUARD = 4096
 """Bytes before and after each tensor, a multiple of the 16 that kernels may rely on."""
 UNLIKELY = 0xA5
 """A byte; a number of them is tiny, and finite in every format."""
