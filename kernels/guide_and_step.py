@@ -129,9 +129,8 @@ def guide_and_step(
             new_x += weight * tl.load(x + k * elements, inside & (weight != 0), 0.0)
         for k in tl.static_range(RING_H):
             weight = tl.load(c + WEIGHTS + RING_X + k)
-            is_new = i % RING_H == k
-            old_h = tl.load(h + k * elements, inside & (weight != 0) & (not is_new), 0.0)
-            new_x += weight * tl.where(is_new, new_h, old_h)
+            old_h = tl.load(h + k * elements, inside & (weight != 0) & (i % RING_H != k), 0.0)
+            new_x += weight * tl.where(i % RING_H == k, new_h, old_h)
         tl.store(x + (i + 1) % RING_X * elements, new_x, inside)
         tl.store(latents + row * elements + at, (tl.load(c + FEED) * new_x).to(latents.dtype.element_ty), inside)
 
