@@ -135,7 +135,8 @@ def guide_and_step(
         tl.store(latents + row * elements + at, (tl.load(c + FEED) * new_x).to(latents.dtype.element_ty), inside)
 
         # All programs of a row that find fault write the same number, so their order does not matter.
-        wrong = tl.max((inside & ~(tl.abs(new_x) < float("inf"))).to(tl.int32), 0) > 0
+        finite = (tl.abs(new_x) < float("inf")) | (at >= elements)
+        wrong = tl.min(finite.to(tl.int32), 0) == 0
         tl.store(broken + row, i + 1, wrong & (tl.load(broken + row) == 0))
 
 
@@ -145,8 +146,8 @@ def config(case: Case) -> Config:
 
 
 def places(case: Case, generator: torch.Generator) -> Tensor:
-    """A position a row, some at the end."""
-    return torch.arange(case.sizes["rows"], dtype=torch.int32) * 2 % (case.sizes["steps"] + 1)
+    """A position a row, from 1; some are at the end."""
+    return (torch.arange(case.sizes["rows"], dtype=torch.int32) * 2 + 1) % (case.sizes["steps"] + 1)
 
 
 def lengths(case: Case, generator: torch.Generator) -> Tensor:

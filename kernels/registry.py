@@ -11,7 +11,15 @@ from rt.errors import ConfigError, nearest
 from rt.extras import needs
 from rt.kernels.spec import KernelSpec
 
-NAMES = ("group_norm",)
+NAMES = (
+    "attention",
+    "feed",
+    "group_norm",
+    "guidance_rescale",
+    "guide_and_step",
+    "select_rows",
+    "to_pixels",
+)
 
 
 def spec(name: str) -> KernelSpec:
