@@ -123,14 +123,15 @@ def guide_and_step(
         # What has no weight is not read: it may be left over from another run, and noise may never have been drawn.
         n = tl.load(c + N)
         z = noise + (row.to(tl.int64) * draws + i % draws) * elements + at
-        new_x = n * tl.load(z, inside & (n != 0), 0.0)
+        new_x = n * tl.load(z, at < tl.where(n != 0, elements, 0), 0.0)
         for k in tl.static_range(RING_X):
             weight = tl.load(c + WEIGHTS + k)
-            new_x += weight * tl.load(x + k * elements, inside & (weight != 0), 0.0)
+            new_x += weight * tl.load(x + k * elements, at < tl.where(weight != 0, elements, 0), 0.0)
         for k in tl.static_range(RING_H):
             weight = tl.load(c + WEIGHTS + RING_X + k)
-            old_h = tl.load(h + k * elements, inside & (weight != 0) & (i % RING_H != k), 0.0)
-            new_x += weight * tl.where(i % RING_H == k, new_h, old_h)
+            is_new = i % RING_H == k
+            needed = tl.where(is_new, 0, tl.where(weight != 0, elements, 0))
+            new_x += weight * tl.where(is_new, new_h, tl.load(h + k * elements, at < needed, 0.0))
         tl.store(x + (i + 1) % RING_X * elements, new_x, inside)
         tl.store(latents + row * elements + at, (tl.load(c + FEED) * new_x).to(latents.dtype.element_ty), inside)
 

@@ -17,6 +17,7 @@ NAMES = (
     "group_norm",
     "guidance_rescale",
     "guide_and_step",
+    "philox",
     "select_rows",
     "to_pixels",
 )
