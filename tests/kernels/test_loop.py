@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,18 +12,8 @@ TOLERANCE = 2e-6
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    """What tests/kernels/loop.py prints, in Triton's interpreter."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("loop.py"))],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def results(interpreted) -> dict[str, Any]:
+    return interpreted("loop.py")
 
 
 @pytest.mark.parametrize("how", ["together", "late"])
