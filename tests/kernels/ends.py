@@ -1,4 +1,4 @@
-"""What stands before and after the loop, in a process of its own as tests/kernels/loop.py: noise, first input, pixels."""
+"""What stands before and after the loop, in a process of its own like loop.py: noise, first input, pixels."""
 
 from __future__ import annotations
 

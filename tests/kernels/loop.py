@@ -1,5 +1,6 @@
-"""Whole schedules on the kernels of the loop beside `rt.trajectory`, in a process of its own: Triton chooses between GPU
-and interpreter when it is imported. Prints a JSON object of largest differences, relative to the largest value.
+"""Whole schedules on the kernels of the loop beside `rt.trajectory`, in a process of its own.
+
+Prints a JSON object of largest differences, relative to the largest value, and of faults.
 
 The network is a table of random outputs, in fp32 so that nothing but the order of sums differs.
 """

@@ -58,7 +58,7 @@ def plainly(seed: int, elements: int, threads: int, offset: int) -> list[float]:
 
 @pytest.mark.parametrize("elements", [1, 255, 257, 700, 2300])
 def test_the_layout_over_threads_and_calls(elements):
-    """A GPU of one processor with two blocks: up to 512 elements a call, beyond four normals a thread, beyond two calls."""
+    """On a GPU that holds 512 threads: one, two or four normals a thread, or several calls."""
     seed = 2**40 + 12345
     generator = CudaGenerator(seed, processors=1, threads_per_processor=512)
     threads = 256 if elements <= 256 else 512
