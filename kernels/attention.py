@@ -9,8 +9,9 @@ It is `rt::attention` of export/operators.py: heads lie side by side in the last
 FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 1: a program keeps a block of queries and goes through the
 keys; maximum and sum of each row are corrected on the way. Products are in T with sums in fp32, all else is in fp32.
 
-Triton's tiles are powers of two, and the heads of SD 1.5 are 40, 80 and 160 wide. Rather than padded to 64, 128 and 256 a
-head is taken apart into two tiles, 32 + 16, 64 + 16 and 128 + 32: each product is two, and only 40 has any padding left.
+Triton's tiles are powers of two, and the heads of SD 1.5 are 40, 80 and 160 wide. Rather than padded to 64, 128 and 256
+a head is taken apart into two tiles, 32 + 16, 64 + 16 and 128 + 32: each product is two, and only 40 has any padding
+left.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 def reference(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> tuple[Tensor]:
     """In torch."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
     weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
     return ((weights @ v).transpose(1, 2).flatten(2),)
 
 
 @triton.jit
-def _load(x, rows, columns, stride, end, width: tl.constexpr, CHECK_ROWS: tl.constexpr, CHECK_COLUMNS: tl.constexpr):
+def _load(
+    x, rows, columns, stride, end, width: tl.constexpr, CHECK_ROWS: tl.constexpr, CHECK_COLUMNS: tl.constexpr
+):
     """A tile of a matrix (end, width), zeros outside; what cannot be outside is not checked."""
     at = x + rows[:, None] * stride + columns[None, :]
     inside_row, inside_column = rows[:, None] < end, columns[None, :] < width
@@ -151,7 +154,7 @@ TILES = {64: (128, 64, 3), 96: (128, 64, 2), 128: (128, 32, 3), 192: (64, 32, 2)
 
 def fused(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
     """What torch chooses among its own kernels and cuDNN's."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

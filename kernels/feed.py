@@ -23,7 +23,9 @@ from rt.kernels.guide_and_step import RING_H, RING_X
 from rt.kernels.spec import Budget, Case, Config, KernelSpec
 
 
-def reference(state: Tensor, position: Tensor, scale: Tensor, out: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
+def reference(
+    state: Tensor, position: Tensor, scale: Tensor, out: Tensor, broken: Tensor
+) -> tuple[Tensor, Tensor]:
     """In torch; nothing here is Inf in T alone."""
     x = state[torch.arange(len(state)), (position % RING_X.value).long()]
     y = torch.where(scale[:, None] == 0, out, scale[:, None] * x)
