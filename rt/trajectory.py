@@ -89,8 +89,12 @@ class Trajectory:
 
     @property
     def latents(self) -> Float32:
-        """The current x (C, h, w), a view; assign into it to steer."""
+        """The current x (C, h, w), a view; assign to it to steer."""
         return self._slot(_X + self.position % _RING_X)
+
+    @latents.setter
+    def latents(self, values: Float32) -> None:
+        np.copyto(self.latents, values)
 
     def feed(self, latents: Float32) -> None:
         """Write the scaled latents, what the network is to see, into `latents` (C, h, w)."""

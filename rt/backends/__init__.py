@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 
-from rt.backends.base import Array, Availability, Backend, Engine
+from rt.backends.base import Array, Availability, Backend, DeviceBackend, DeviceEngine, Engine
 from rt.backends.openvino_cpu import OpenVINO
 from rt.backends.ort_cpu import OnnxRuntime
 from rt.config import DType
 from rt.errors import BackendUnavailableError, ConfigError, nearest
 
-__all__ = ["AUTO", "BACKENDS", "Array", "Availability", "Backend", "Engine", "choose", "cpu_count", "get"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "Array",
+    "Availability",
+    "Backend",
+    "DeviceBackend",
+    "DeviceEngine",
+    "Engine",
+    "choose",
+    "cpu_count",
+    "get",
+]
 
 AUTO = "auto"
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OpenVINO(), OnnxRuntime())}
