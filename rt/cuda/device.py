@@ -16,6 +16,8 @@ from rt.cuda.formats import Array, storage
 from rt.errors import BackendError
 from rt.kernel_image import KernelImage, TensorArgument
 
+ALIGNMENT = 16
+"""Bytes that every array starts at a multiple of, where a kernel is to read it."""
 Stream = NewType("Stream", int)
 """Its handle in CUDA, a `cudaStream_t` as an integer, which is how engines take it."""
 Event = NewType("Event", int)
@@ -235,20 +237,21 @@ def check_launch(
     for name, fixed in image.sizes.items():
         if sizes.get(name, fixed) != fixed:
             raise BackendError(f"{image.name} was compiled for {name} = {fixed}, not {sizes[name]}")
-    known = {**image.sizes, **sizes}
     for kind, expected, given in (("inputs", image.inputs, inputs), ("outputs", image.outputs, outputs)):
         if len(expected) != len(given):
             names = ", ".join(argument.name for argument in expected)
             raise BackendError(f"{image.name} takes {len(expected)} {kind} ({names}), not {len(given)}")
         for argument, array in zip(expected, given, strict=True):
-            _check_argument(image, argument, array, known)
+            _check_argument(image, argument, array, sizes)
 
 
 def _check_argument(
     image: KernelImage, argument: TensorArgument, array: DeviceArray, sizes: Mapping[str, int]
 ) -> None:
-    extent = argument.extent(sizes)
+    extent = image.extent(argument, sizes)
     if array.dtype != argument.dtype or array.size != math.prod(extent):
         raise BackendError(
             f"{image.name} takes {argument.name} as {argument.dtype} {extent}, not {array.dtype} {array.shape}"
         )
+    if array.pointer % ALIGNMENT:
+        raise BackendError(f"{image.name} takes {argument.name} from a multiple of {ALIGNMENT} bytes on")

@@ -40,6 +40,7 @@ class Call:
 
 
 Work = Callable[[], None]
+_ALIGNMENT = 256  # as CUDA's
 
 
 @dataclass
@@ -110,7 +111,9 @@ class HostDevice:
         array = DeviceArray(0, tuple(shape), dtype)
         if self._memory is not None and self.allocated + array.nbytes > self._memory:
             raise MemoryError(f"allocate of {array.nbytes} bytes: memory of {self.name} is full")
-        memory = np.full(max(array.nbytes, 1), 0xFF, np.uint8)
+        memory = np.full(array.nbytes + 2 * _ALIGNMENT, 0xFF, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        memory = memory[start : start + max(array.nbytes, 1)]
         self._arrays[memory.ctypes.data] = memory
         self._note("allocate", str(array.nbytes))
         return DeviceArray(memory.ctypes.data, array.shape, dtype)
@@ -317,7 +320,7 @@ class _HostKernel:
 
         def work() -> None:
             arrays = {
-                argument.name: self._device.view(array).reshape(argument.extent(known))
+                argument.name: self._device.view(array).reshape(image.extent(argument, sizes))
                 for argument, array in arguments
             }
             self._implementation(image, known, arrays)
