@@ -132,7 +132,9 @@ def guide_and_step(
             old_h = tl.load(h + k * elements, inside & (weight != 0) & (i % RING_H != k), 0.0)
             new_x += weight * tl.where(i % RING_H == k, new_h, old_h)
         tl.store(x + (i + 1) % RING_X * elements, new_x, inside)
-        tl.store(latents + row * elements + at, (tl.load(c + FEED) * new_x).to(latents.dtype.element_ty), inside)
+        tl.store(
+            latents + row * elements + at, (tl.load(c + FEED) * new_x).to(latents.dtype.element_ty), inside
+        )
 
         # All programs of a row that find fault write the same number, so their order does not matter.
         wrong = tl.max((inside & ~(tl.abs(new_x) < float("inf"))).to(tl.int32), 0) > 0
@@ -174,7 +176,9 @@ def intact(case: Case, generator: torch.Generator) -> Tensor:
     return broken
 
 
-def case(rows: int, sides: int, elements: int, *, steps: int = 7, draws: int = 2, dtype: str = "float16") -> Case:
+def case(
+    rows: int, sides: int, elements: int, *, steps: int = 7, draws: int = 2, dtype: str = "float16"
+) -> Case:
     """Sizes by name."""
     sizes = {"rows": rows, "sides": sides, "steps": steps, "draws": draws, "elements": elements}
     return Case(sizes=sizes, dtype=dtype)

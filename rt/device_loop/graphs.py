@@ -1,0 +1,106 @@
+"""The captured graphs of a loop: one a program, one for each change of programs, and one for a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+from rt.cuda import Graph, capture
+from rt.device_loop.buffers import Buffers
+from rt.device_loop.kernels import LoopKernels
+from rt.engines import Place
+from rt.plan import PlannedStep, StepProgram
+
+
+class StepGraphs:
+    """Graphs on one set of buffers, each captured when it is first needed, and kept."""
+
+    def __init__(self, place: Place, buffers: Buffers, kernels: LoopKernels) -> None:
+        self._place, self._buffers, self._kernels = place, buffers, kernels
+        self._graphs: dict[Hashable, Graph] = {}
+        self._whole: tuple[Hashable, Graph] | None = None
+
+    def of(self, before: PlannedStep | None, step: PlannedStep, *, rescaled: bool) -> list[Graph]:
+        """What to launch for a step.
+
+        Args:
+            before: The step before, None at the first.
+            step: The step.
+            rescaled: Whether any row of the run rescales its guidance.
+        """
+        graphs = []
+        if before is not None and before.program != step.program:
+            graphs.append(self._take_over(before.program, step.program))
+        return [*graphs, self._step(step.program, rescaled=rescaled)]
+
+    def whole(self, steps: Sequence[PlannedStep], *, rescaled: bool) -> Graph:
+        """One graph for all of them; the last one is kept, as it is large."""
+        key = (tuple(step.program for step in steps), rescaled)
+        if self._whole is None or self._whole[0] != key:
+            parts = []
+            for before, step in zip([None, *steps[:-1]], steps, strict=True):
+                parts += self.of(before, step, rescaled=rescaled)
+            if self._whole is not None:
+                self._whole[1].close()
+            self._whole = key, self._place.device.chain(parts)
+        return self._whole[1]
+
+    def close(self) -> None:
+        """Give all of them back."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        if self._whole is not None:
+            self._whole[1].close()
+            self._whole = None
+
+    def _step(self, program: StepProgram, *, rescaled: bool) -> Graph:
+        """Time features, network, guidance and sampler; the position of each row is read on the device."""
+        unet, buffers, kernels = self._buffers.step(program), self._buffers, self._kernels
+
+        def work() -> None:
+            for features in unet.times:
+                kernels.select_rows(
+                    features.table.array,
+                    features.owner.array,
+                    buffers.upcoming,
+                    features.out,
+                    buffers.position,
+                )
+            unet.engine.enqueue(self._place.stream)
+            if rescaled:
+                kernels.guidance_rescale(
+                    unet.prediction,
+                    buffers.table.array,
+                    buffers.length.array,
+                    buffers.position,
+                    buffers.factor.array,
+                )
+            kernels.guide_and_step(
+                unet.prediction,
+                buffers.factor.array,
+                buffers.table.array,
+                buffers.length.array,
+                buffers.position,
+                buffers.noise.array,
+                buffers.state,
+                unet.latents,
+                buffers.upcoming,
+                buffers.broken.array,
+            )
+
+        # An engine may allocate and choose its kernels at its first call, which a capture forbids.
+        return self._captured(
+            (program, rescaled), work, first=lambda: unet.engine.enqueue(self._place.stream)
+        )
+
+    def _take_over(self, before: StepProgram, program: StepProgram) -> Graph:
+        unet = self._buffers.step(program)
+        return self._captured((before, program), lambda: unet.take_over(self._buffers.step(before)))
+
+    def _captured(
+        self, key: Hashable, work: Callable[[], None], first: Callable[[], None] = lambda: None
+    ) -> Graph:
+        if key not in self._graphs:
+            first()
+            self._graphs[key] = capture(self._place.device, self._place.stream, work)
+        return self._graphs[key]
