@@ -78,7 +78,7 @@ class DeviceSession:
             raise ConfigError("these engines run on the host; rt.session.Session is for them")
         self.profile = profile
         self._engines, self._place, self._mode = engines, engines.place, mode
-        self._kernels = LoopKernels(kernels, self._place.stream)
+        self._kernels = LoopKernels(kernels)
         self._shape = spec.latent_shape(profile.height, profile.width)
         self._time = TimeTable(engines.get(Component.UNET_TIME), (profile.height, profile.width))
         self._events = [self._place.device.create_event() for _ in range(AHEAD)]

@@ -48,7 +48,8 @@ class Decoder:
         for row in range(count):
             self._decode(row)
             fault = self._faults.array[row].part(0, 1)
-            self._kernels.to_pixels(self._output, self.pixels.array.part(row, row + 1), fault)
+            picture = self.pixels.array.part(row, row + 1)
+            self._kernels.to_pixels(self._output, picture, fault).enqueue(self._place.stream)
         self.pixels.fetch(count)
         self._faults.fetch()
 

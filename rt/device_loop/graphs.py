@@ -15,7 +15,8 @@ class StepGraphs:
     """Graphs on one set of buffers, each captured when it is first needed, and kept."""
 
     def __init__(self, place: Place, buffers: Buffers, kernels: LoopKernels) -> None:
-        self._place, self._buffers, self._kernels = place, buffers, kernels
+        self._device, self._stream = place.device, place.stream
+        self._buffers, self._kernels = buffers, kernels
         self._graphs: dict[Hashable, Graph] = {}
         self._whole: tuple[Hashable, Graph] | None = None
 
@@ -41,7 +42,7 @@ class StepGraphs:
                 parts += self.of(before, step, rescaled=rescaled)
             if self._whole is not None:
                 self._whole[1].close()
-            self._whole = key, self._place.device.chain(parts)
+            self._whole = key, self._device.chain(parts)
         return self._whole[1]
 
     def close(self) -> None:
@@ -55,26 +56,17 @@ class StepGraphs:
 
     def _step(self, program: StepProgram, *, rescaled: bool) -> Graph:
         """Time features, network, guidance and sampler; the position of each row is read on the device."""
+        key = program, rescaled
+        if key in self._graphs:
+            return self._graphs[key]
         unet, buffers, kernels = self._buffers.step(program), self._buffers, self._kernels
-
-        def work() -> None:
-            for features in unet.times:
-                kernels.select_rows(
-                    features.table.array,
-                    features.owner.array,
-                    buffers.upcoming,
-                    features.out,
-                    buffers.position,
-                )
-            unet.engine.enqueue(self._place.stream)
-            if rescaled:
-                kernels.guidance_rescale(
-                    unet.prediction,
-                    buffers.table.array,
-                    buffers.length.array,
-                    buffers.position,
-                    buffers.factor.array,
-                )
+        before = [
+            kernels.select_rows(
+                features.table.array, features.owner.array, buffers.upcoming, features.out, buffers.position
+            )
+            for features in unet.times
+        ]
+        after = [
             kernels.guide_and_step(
                 unet.prediction,
                 buffers.factor.array,
@@ -87,20 +79,35 @@ class StepGraphs:
                 buffers.upcoming,
                 buffers.broken.array,
             )
-
+        ]
+        if rescaled:
+            rescale = kernels.guidance_rescale(
+                unet.prediction,
+                buffers.table.array,
+                buffers.length.array,
+                buffers.position,
+                buffers.factor.array,
+            )
+            after.insert(0, rescale)
         # An engine may allocate and choose its kernels at its first call, which a capture forbids.
-        return self._captured(
-            (program, rescaled), work, first=lambda: unet.engine.enqueue(self._place.stream)
-        )
+        unet.engine.enqueue(self._stream)
+
+        def work() -> None:
+            for launch in before:
+                launch.enqueue(self._stream)
+            unet.engine.enqueue(self._stream)
+            for launch in after:
+                launch.enqueue(self._stream)
+
+        return self._captured(key, work)
 
     def _take_over(self, before: StepProgram, program: StepProgram) -> Graph:
-        unet = self._buffers.step(program)
-        return self._captured((before, program), lambda: unet.take_over(self._buffers.step(before)))
+        key = before, program
+        if key in self._graphs:
+            return self._graphs[key]
+        unet, other = self._buffers.step(program), self._buffers.step(before)
+        return self._captured(key, lambda: unet.take_over(other))
 
-    def _captured(
-        self, key: Hashable, work: Callable[[], None], first: Callable[[], None] = lambda: None
-    ) -> Graph:
-        if key not in self._graphs:
-            first()
-            self._graphs[key] = capture(self._place.device, self._place.stream, work)
+    def _captured(self, key: Hashable, work: Callable[[], None]) -> Graph:
+        self._graphs[key] = capture(self._device, self._stream, work)
         return self._graphs[key]

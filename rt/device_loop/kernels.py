@@ -5,14 +5,37 @@ What the kernels compute, and the layout of their arrays, is written at the kern
 
 from __future__ import annotations
 
-from rt.cuda import DeviceArray, KernelLibrary, Stream
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rt.cuda import DeviceArray, Kernel, KernelLibrary, Stream
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that is loaded, with its arrays: nothing is left to do but to enqueue it, which a capture allows."""
+
+    kernel: Kernel
+    sizes: Mapping[str, int]
+    inputs: Sequence[DeviceArray]
+    outputs: Sequence[DeviceArray]
+
+    def enqueue(self, stream: Stream) -> None:
+        """In the order of the stream."""
+        self.kernel.launch(stream, self.sizes, self.inputs, self.outputs)
 
 
 class LoopKernels:
-    """Launches on one stream. Arrays are flat a row: shapes below are (rows, elements) of whatever they really are."""
+    """A launch for arrays, whose kernel is found by their formats and loaded when it is asked for first.
 
-    def __init__(self, library: KernelLibrary, stream: Stream) -> None:
-        self._library, self._stream = library, stream
+    Arrays are flat a row: shapes below are (rows, elements) of whatever they really are.
+
+    Raises:
+        BackendError: Every method, where no kernel was compiled for the formats of the arrays.
+    """
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._library = library
 
     def select_rows(
         self,
@@ -21,14 +44,14 @@ class LoopKernels:
         upcoming: DeviceArray,
         out: DeviceArray,
         position: DeviceArray,
-    ) -> None:
+    ) -> Launch:
         """Begin a step: move the counters, and take from table (steps, elements) what each row's timestep gave."""
         steps, elements = table.shape
         sizes = {"rows": len(position), "steps": steps, "elements": elements}
         kernel = self._library.get(
             "select_rows", dtypes={"table": table.dtype, "out": out.dtype}, sizes=sizes
         )
-        kernel.launch(self._stream, sizes, [table, owner, upcoming], [out, position])
+        return Launch(kernel, sizes, [table, owner, upcoming], [out, position])
 
     def feed(
         self,
@@ -37,11 +60,11 @@ class LoopKernels:
         scale: DeviceArray,
         out: DeviceArray,
         broken: DeviceArray,
-    ) -> None:
+    ) -> Launch:
         """Latents for a network: out (rows, elements) from state (rows, places, elements)."""
         sizes = {"rows": len(state), "elements": state.shape[-1]}
         kernel = self._library.get("feed", dtypes={"out": out.dtype}, sizes=sizes)
-        kernel.launch(self._stream, sizes, [state, position, scale], [out, broken])
+        return Launch(kernel, sizes, [state, position, scale], [out, broken])
 
     def guidance_rescale(
         self,
@@ -50,13 +73,13 @@ class LoopKernels:
         length: DeviceArray,
         position: DeviceArray,
         factor: DeviceArray,
-    ) -> None:
+    ) -> Launch:
         """The factor (rows,) of each row's guided prediction."""
         rows, steps, _ = table.shape
         sides, elements = len(prediction) // rows, prediction.size // len(prediction)
         sizes = {"rows": rows, "sides": sides, "steps": steps, "elements": elements}
         kernel = self._library.get("guidance_rescale", dtypes={"prediction": prediction.dtype}, sizes=sizes)
-        kernel.launch(self._stream, sizes, [prediction, table, length, position], [factor])
+        return Launch(kernel, sizes, [prediction, table, length, position], [factor])
 
     def guide_and_step(
         self,
@@ -70,7 +93,7 @@ class LoopKernels:
         latents: DeviceArray,
         upcoming: DeviceArray,
         broken: DeviceArray,
-    ) -> None:
+    ) -> Launch:
         """Guidance, the sampler's step and the next input of the network, for all rows."""
         rows, steps, _ = table.shape
         sizes = {
@@ -82,15 +105,15 @@ class LoopKernels:
         }
         dtypes = {"prediction": prediction.dtype, "latents": latents.dtype}
         kernel = self._library.get("guide_and_step", dtypes=dtypes, sizes=sizes)
-        kernel.launch(
-            self._stream,
+        return Launch(
+            kernel,
             sizes,
             [prediction, factor, table, length, position, noise],
             [state, latents, upcoming, broken],
         )
 
-    def to_pixels(self, image: DeviceArray, pixels: DeviceArray, broken: DeviceArray) -> None:
+    def to_pixels(self, image: DeviceArray, pixels: DeviceArray, broken: DeviceArray) -> Launch:
         """8-bit pixels of pictures (batch, elements); broken (batch,) of one with NaN or Inf becomes 1."""
         sizes = {"batch": len(image), "elements": image.size // len(image)}
         kernel = self._library.get("to_pixels", dtypes={"x": image.dtype}, sizes=sizes)
-        kernel.launch(self._stream, sizes, [image], [pixels, broken])
+        return Launch(kernel, sizes, [image], [pixels, broken])

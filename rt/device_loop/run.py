@@ -107,7 +107,8 @@ class Run:
     def feed(self, scale: DeviceArray, out: DeviceArray) -> None:
         """The latents of all rows times `scale` (B,) into `out` (B, E), for a network and in its format."""
         buffers = self._buffers
-        self._kernels.feed(buffers.state, buffers.upcoming, scale, out, buffers.broken.array)
+        launch = self._kernels.feed(buffers.state, buffers.upcoming, scale, out, buffers.broken.array)
+        launch.enqueue(self._place.stream)
 
     def finish(self) -> None:
         """Wait for the device, and find out whether the run went well.
