@@ -4,8 +4,8 @@
 
     x (batch, elements) in T, in [−1, 1] → pixels (batch, elements) uint8, broken (batch,)
 
-The arithmetic is that of `rt.images.postprocess`, operation by operation in fp32, so that a decoder with the same output
-gives the same file. `broken` of a picture with a NaN or Inf becomes 1; the caller clears it.
+The results are those of `rt.images.postprocess`, to the bit, so that a decoder with the same output gives the same
+file. `broken` of a picture with a NaN or Inf becomes 1; the caller clears it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def to_pixels(x, elements, pixels, broken, BLOCK: tl.constexpr):
     y = tl.minimum(tl.maximum(y, 0.0), 255.0)
     y = (y + TO_INTEGER) - TO_INTEGER
     tl.store(pixels + start + at, y.to(tl.int32).to(tl.uint8), inside)
-    wrong = tl.max((~finite).to(tl.int32), 0)
-    tl.store(broken + picture, 1, wrong > 0)
+    wrong = tl.min(finite.to(tl.int32), 0) == 0
+    tl.store(broken + picture, 1, wrong)
 
 
 def config(case: Case) -> Config:
