@@ -38,6 +38,7 @@ LEVELS = (
     "inpainting",
     "extras",
     "progress",
+    "cuda",
     "samplers",
     "backends",
     "machine",
@@ -47,7 +48,10 @@ LEVELS = (
     "conditioning",
     "time_table",
     "step",
+    "plan",
     "session",
+    "device_loop",
+    "device_session",
     "verify",
     "arguments",
     "pipeline",
@@ -64,7 +68,11 @@ BUILD_ONLY = {
     "accelerate",
     "huggingface_hub",
 }
-BACKEND_OF = {"openvino": "rt.backends.openvino_cpu", "onnxruntime": "rt.backends.ort_cpu"}
+BACKEND_OF = {
+    "openvino": "rt.backends.openvino_cpu",
+    "onnxruntime": "rt.backends.ort_cpu",
+    "cuda": "rt.cuda.driver",
+}
 
 
 def sources() -> dict[str, Path]:
