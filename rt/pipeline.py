@@ -104,6 +104,7 @@ class Pipeline:
         self._interrupt = False
         self._lock = RLock()
         self._drawing = False
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"Pipeline({str(self.bundle.path)!r}, backend={self.engines.backend.name!r})"
@@ -125,11 +126,14 @@ class Pipeline:
 
     def close(self) -> None:
         """Give sessions, engines and a GPU's memory back; a pipeline that is closed cannot draw."""
+        if self._closed:
+            return
         with self._turn():
             for session in self._sessions.values():
                 session.close()
             self._sessions.clear()
             self.engines.close()
+            self._closed = True
 
     def __enter__(self) -> Pipeline:
         return self
@@ -279,6 +283,8 @@ class Pipeline:
         with self._lock:
             if self._drawing:
                 raise ConfigError("a callback cannot draw with the pipeline that calls it: open a second one")
+            if self._closed:
+                raise ConfigError("this pipeline is closed: open the bundle again")
             self._drawing = True
             if self.engines.place is not None:
                 self.engines.place.device.activate()

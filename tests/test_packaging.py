@@ -60,6 +60,7 @@ LEVELS = (
 )
 BUILD_ONLY = {
     "torch",
+    "triton",
     "diffusers",
     "transformers",
     "onnx",

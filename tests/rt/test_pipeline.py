@@ -621,6 +621,9 @@ def test_engines_of_the_host_have_no_device_side(pipe):
         pipe.engines.on_device(Component.UNET_TIME)
 
 
-def test_a_closed_pipeline_on_the_host_is_no_error(demo_bundle, words):
+def test_a_closed_pipeline_cannot_draw(demo_bundle, words):
     with rt.Pipeline.from_bundle(demo_bundle, backend="onnxruntime") as pipe:
+        pipe(words(), **FAST)
+    pipe.close()
+    with pytest.raises(ConfigError, match="this pipeline is closed: open the bundle again"):
         pipe(words(), **FAST)
