@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-LIBRARY = Path(__file__).parents[1] / "_native" / "librt_kernels.so"
+LIBRARY = Path(__file__).parents[1] / "_native" / "librt_openvino.so"
 BUILD = "cmake -S . -B build/native && cmake --build build/native && cmake --install build/native"
 BEST = "avx512"
 
