@@ -87,7 +87,7 @@ def compile_case(spec: KernelSpec, case: Case, capability: int) -> Compiled:
         "enable_fp_fusion": True,
     }
     with knobs.compilation.scope():
-        knobs.compilation.disable_line_info = True  # it names our folders and is two thirds of a cubin
+        knobs.compilation.disable_line_info = True  # which says in what folder the sources lay
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:

@@ -11,7 +11,21 @@ from rt.errors import ConfigError, nearest
 from rt.extras import needs
 from rt.kernels.spec import KernelSpec
 
-NAMES = ("group_norm",)
+NAMES = (
+    "attention",
+    "feed",
+    "geglu",
+    "geglu_linear",
+    "group_norm",
+    "group_normalize",
+    "group_statistics",
+    "guidance_rescale",
+    "guide_and_step",
+    "layer_norm",
+    "philox",
+    "select_rows",
+    "to_pixels",
+)
 
 
 def spec(name: str) -> KernelSpec:
