@@ -175,8 +175,9 @@ class _Operator:
         ]
 
     def signature(self) -> str:
-        text = f"rt_status rt_{self.spec.name}({', '.join(self.parameters())})"
-        return textwrap.fill(text, 110, subsequent_indent="    ")
+        parameters = ", ".join(text.replace(" ", "~") for text in self.parameters())
+        lines = textwrap.wrap(parameters, 110, initial_indent=" " * 4, subsequent_indent=" " * 4)
+        return f"rt_status rt_{self.spec.name}(\n{chr(10).join(lines)})".replace("~", " ")
 
     def plan(self) -> Iterator[str]:
         """The C function for scalars and grid."""
@@ -228,12 +229,13 @@ class _Operator:
         yield ""
         if self.generic:
             yield f"dtype: {', '.join(sorted({_dtype(entry.dtype) for entry in own}))}"
-        for name in self.spec.fixed:
-            yield f"{name}: {', '.join(str(value) for value in sorted({entry.image.sizes[name] for entry in own}))}"
-        if self.attributes:
-            values = {tuple(entry.image.constants[name] for name in self.attributes) for entry in own}
-            texts = sorted(", ".join(_literal(value) for value in group) for group in values)
-            yield f"{', '.join(self.attributes)}: {'; '.join(texts)}"
+        names = (*self.spec.fixed, *self.attributes)
+        if names:
+            sets = {
+                tuple({**entry.image.sizes, **entry.image.constants}[name] for name in names) for entry in own
+            }
+            texts = ["(" + ", ".join(map(_literal, values)) + ")" for values in sorted(sets)]
+            yield from textwrap.wrap(f"compiled for ({', '.join(names)}): {', '.join(texts)}", 110)
         for argument in (*self.spec.inputs, *self.spec.outputs):
             role = {"RT_INPUT": "read", "RT_OUTPUT": "written", "RT_INOUT": "read and written"}
             dtype = "dtype" if argument.dtype == "T" else argument.dtype
@@ -254,7 +256,7 @@ def header(specs: Mapping[str, KernelSpec], entries: Sequence[LibraryImage]) -> 
     lines = [
         NOTICE,
         "//",
-        "// A function an operator. Each picks the image that was compiled for its arguments, for the current context's",
+        "// A function an operator. Each picks the image that was compiled for its arguments, the current context's",
         "// GPU and for the nearest sizes, and enqueues it on `stream`. Sizes are counts of elements; all else is as",
         "// rt_kernels.h says. What images exist for is listed with each function; anything else is refused with",
         "// RT_NO_DTYPE, RT_NO_CONSTANTS or RT_BAD_SIZE.",

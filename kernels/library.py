@@ -28,12 +28,13 @@ import click
 
 import rt.expression
 import rt.kernel_image
-from rt.errors import RtError
+from rt.errors import ConfigError, RtError
 from rt.kernels import c_table, registry
 from rt.kernels.c_table import LibraryImage
 from rt.kernels.spec import Case, KernelSpec
 
 CAPABILITIES = (80, 89, 90, 120)
+"""All that `rt.kernels.aot` compiles for; named here, too, because that module needs Triton."""
 GENERATED = ("cubins.S", "table.c", "rt_ops.h", "manifest.json")
 
 
@@ -52,14 +53,22 @@ class Job:
 
 
 def jobs(specs: Mapping[str, KernelSpec], capabilities: Sequence[int]) -> list[Job]:
-    """What the library holds: workloads with the same compile-time constants share an image."""
-    from rt.kernels.aot import image_name
+    """What the library holds: workloads with the same compile-time constants share an image.
 
+    Raises:
+        BackendUnavailableError: Without Triton.
+        ConfigError: For a capability that kernels are not compiled for.
+    """
+    from rt.kernels import aot
+
+    unknown = sorted({*capabilities} - {*aot.CAPABILITIES})
+    if unknown:
+        raise ConfigError(f"no kernels for compute capability {unknown}; valid: {[*aot.CAPABILITIES]}")
     shared: dict[str, Job] = {}
     for spec in specs.values():
         for capability in capabilities:
             for workload, case in spec.workloads.items():
-                name = image_name(spec, case, capability)
+                name = aot.image_name(spec, case, capability)
                 before = shared[name].workloads if name in shared else ()
                 shared[name] = Job(kernel=spec.name, workloads=(*before, workload), capability=capability)
     return [shared[name] for name in sorted(shared)]
@@ -103,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path, capabilities: Sequence[int], processes: int) -> list[LibraryImage]:
-    """Compile everything into `folder`, unless it holds the same already.
+    """Compile everything into `folder` in so many `processes`, unless it holds the same already.
 
     Raises:
         BackendUnavailableError: Without Triton.
@@ -118,11 +127,12 @@ def build(folder: Path, capabilities: Sequence[int], processes: int) -> list[Lib
         return [LibraryImage.from_json(entry) for entry in manifest["images"]]
 
     specs = registry.specs()
+    wanted = jobs(specs, capabilities)
     (folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "cubin", ignore_errors=True)
     (folder / "cubin").mkdir(parents=True)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        compiled = [*pool.map(compile_job, jobs(specs, capabilities))]
+        compiled = [*pool.map(compile_job, wanted)]
     entries = [entry for entry, _ in compiled]
     for entry, cubin in compiled:
         (folder / "cubin" / entry.image.file).write_bytes(cubin)
