@@ -66,9 +66,10 @@ def _open(library: Path, forced: str) -> Kernels:
 
 
 def gpu_images(library: Path = GPU_LIBRARY) -> int:
-    """How many kernels the library for C and C++ hosts on GPUs holds, which rt itself does not use; 0 if not built."""
-    if not library.exists():
+    """Kernels in the library for C and C++ hosts on GPUs, which rt itself does not use; 0 where none can be loaded."""
+    try:
+        count = ctypes.CDLL(str(library)).rt_kernel_count
+    except OSError:
         return 0
-    count = ctypes.CDLL(str(library)).rt_kernel_count
     count.restype = ctypes.c_size_t
     return int(count())

@@ -297,4 +297,7 @@ def test_shared_images_list_their_workloads() -> None:
 
 
 def test_a_missing_library_is_counted_as_nothing(tmp_path: Path) -> None:
-    assert gpu_images(tmp_path / "librt_kernels.so") == 0
+    path = tmp_path / "librt_kernels.so"
+    assert gpu_images(path) == 0
+    path.write_bytes(b"not a library")
+    assert gpu_images(path) == 0
