@@ -21,6 +21,7 @@ from rt.kernels.spec import Budget, Case, Config, KernelSpec
 
 built = pytest.mark.skipif(not GPU_LIBRARY.exists(), reason="librt_kernels.so is not built")
 
+HEADERS = Path(__file__).resolve().parents[2] / "kernels" / "native" / "gpu"
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "int32", "uint32", "uint8")
 ROLES = ("input", "scalar", "output", "inout")
 
@@ -151,7 +152,7 @@ def test_every_workload_finds_its_image() -> None:
 @built
 def test_it_exports_its_interface_and_no_more() -> None:
     exported = {f"rt_{name}" for name in registry.NAMES}
-    header = (Path(c_table.__file__).parent / "native" / "gpu" / "rt_kernels.h").read_text()
+    header = (HEADERS / "rt_kernels.h").read_text()
     exported |= set(re.findall(r"^RT_API .*?\b(rt_\w+)\(", header, re.M))
     assert _exported(GPU_LIBRARY) == exported
 
@@ -178,10 +179,12 @@ def _exported(path: Path) -> set[str]:
 
 
 def test_the_header_has_every_format() -> None:
-    header = (Path(c_table.__file__).parent / "native" / "gpu" / "rt_kernels.h").read_text()
+    header = (HEADERS / "rt_kernels.h").read_text()
     enum = re.search(r"enum rt_dtype \{(.*?)\}", header, re.S)
     assert enum and re.findall(r"RT_(\w+)", enum[1]) == [name.upper() for name in DTYPES]
     assert set(aot.POINTERS) == set(DTYPES)
+    most = re.search(r"RT_MOST_ARGUMENTS = (\d+)", (HEADERS / "table.h").read_text())
+    assert most and int(most[1]) == c_table.MOST_ARGUMENTS
     assert tuple(aot.CAPABILITIES) == library.CAPABILITIES
 
 
@@ -232,6 +235,7 @@ def spec(**changes: Any) -> KernelSpec:
             {"outputs": (TensorArgument(name="count", shape=("count",), dtype="T"),)},
             "two parameters called count",
         ),
+        ({"scalars": {f"s{i}": "count" for i in range(31)}}, "double takes more than 32 arguments"),
     ],
 )
 def test_what_c_cannot_say_is_refused(changes: dict[str, Any], message: str) -> None:
