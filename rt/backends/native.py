@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-LIBRARY = Path(__file__).parents[1] / "_native" / "librt_kernels.so"
+LIBRARY = Path(__file__).parents[1] / "_native" / "librt_openvino.so"
+GPU_LIBRARY = LIBRARY.with_name("librt_kernels.so")
 BUILD = "cmake -S . -B build/native && cmake --build build/native && cmake --install build/native"
 BEST = "avx512"
 
@@ -62,3 +63,13 @@ def _open(library: Path, forced: str) -> Kernels:
             instruction_set=None, problem="this processor computes no bf16, OpenVINO's own kernels are used"
         )
     return Kernels(instruction_set=name)
+
+
+def gpu_images(library: Path = GPU_LIBRARY) -> int:
+    """Kernels in the library for C and C++ hosts on GPUs, which rt itself does not use; 0 where none can be loaded."""
+    try:
+        count = ctypes.CDLL(str(library)).rt_kernel_count
+    except OSError:
+        return 0
+    count.restype = ctypes.c_size_t
+    return int(count())

@@ -11,7 +11,7 @@ import click
 
 import rt
 from rt.backends import BACKENDS
-from rt.backends.native import kernels
+from rt.backends.native import BUILD, gpu_images, kernels
 from rt.config import DType
 from rt.extras import install_line, packages
 from rt.machine import Machine
@@ -41,6 +41,7 @@ def _report() -> dict[str, Any]:
             for name, backend in BACKENDS.items()
         },
         "kernels": {"instruction_set": kernels().instruction_set, "problem": kernels().problem},
+        "gpu_kernels": gpu_images(),
         "extras": {
             extra: {
                 "missing": [p for p in packages(extra) if not _installed(p)],
@@ -68,6 +69,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"unused   native kernels: {native['problem']}")
     else:
         lines.append(f"ok       native kernels: {native['instruction_set']}")
+    if report["gpu_kernels"]:
+        lines.append(f"ok       GPU kernels for C and C++: {report['gpu_kernels']}")
+    else:
+        lines.append(f"unused   GPU kernels for C and C++: not built; in a checkout run: {BUILD}")
     for extra, state in report["extras"].items():
         use = {"build": "rt build", "plot": "rt bench --plot"}[extra]
         if state["missing"]:

@@ -241,6 +241,16 @@ def test_doctor_says_whether_the_native_kernels_are_used(rt: Rt, monkeypatch: py
     assert "unused   native kernels: not built" in rt("doctor").out
 
 
+def test_doctor_counts_the_gpu_kernels(rt: Rt, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rt.cli import doctor
+
+    monkeypatch.setattr(doctor, "gpu_images", lambda: 256)
+    assert "ok       GPU kernels for C and C++: 256" in rt("doctor").out
+    monkeypatch.setattr(doctor, "gpu_images", lambda: 0)
+    assert "unused   GPU kernels for C and C++: not built" in rt("doctor").out
+    assert json.loads(rt("doctor", "--json").out)["gpu_kernels"] == 0
+
+
 def test_doctor_says_how_to_get_what_is_missing(rt: Rt, hide: Callable[..., None]) -> None:
     hide("openvino")
     line = next(line for line in rt("doctor").out.splitlines() if "openvino:" in line)

@@ -23,12 +23,12 @@ pays = pytest.mark.skipif(
 
 
 def test_a_missing_library_is_said_and_missed_by_nothing(tmp_path: Path) -> None:
-    state = native.kernels(tmp_path / "librt_kernels.so")
+    state = native.kernels(tmp_path / "librt_openvino.so")
     assert not state and "not built" in state.problem and native.BUILD in state.problem
 
 
 def test_a_library_that_does_not_load_is_said(tmp_path: Path) -> None:
-    library = tmp_path / "librt_kernels.so"
+    library = tmp_path / "librt_openvino.so"
     library.write_bytes(b"not a library")
     state = native.kernels(library)
     assert not state and "another OpenVINO" in state.problem and "\n" not in state.problem
