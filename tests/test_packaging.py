@@ -122,7 +122,7 @@ def test_imports_point_downward(module):
         if other == "":  # `import rt` for the version alone
             assert own in ("cli", "bench"), f"{module} imports rt"
         elif own == "kernels":
-            assert other in ("errors", "expression", "kernel_image"), f"{module} imports {imported}"
+            assert other in ("errors", "expression", "kernel_image", "extras"), f"{module} imports {imported}"
         elif own == "export":
             allowed = ("kernels", *LEVELS[: LEVELS.index("verify") + 1])
             assert other in allowed and other != "session", f"{module} imports {imported}"
