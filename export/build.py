@@ -7,10 +7,11 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,10 +37,11 @@ from rt.export.calibrate import Calibration, calibrate
 from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
-from rt.export.passes.cast import HALF, cast
+from rt.export.passes.cast import HALF, cast, in_range
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
-from rt.export.passes.quantize import quantize
+from rt.export.passes.quantize import FP8, INT8, Bits, quantize
+from rt.export.passes.rescale import rescale
 from rt.export.program import Program
 from rt.export.staging import staged
 from rt.export.trace import trace
@@ -64,6 +66,8 @@ _VERSIONED = (
 )
 # Programs with pixels, where the fused operators are.
 _PICTURES = (Component.UNET, Component.UNET_SHALLOW, Component.VAE_ENCODER, Component.VAE_DECODER)
+BITS: Mapping[DType, Bits] = {DType.INT8: INT8, DType.FP8: FP8}
+"""The formats in which products are calibrated."""
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "OFL*")
 
 
@@ -191,12 +195,16 @@ def _lower_all(
                 save_reference(
                     stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs
                 )
+                if half is torch.float16:  # bf16 reaches as far as fp32
+                    scaled = program.rewritten("rescale", partial(rescale, seen=seen, largest=in_range(half)))
+                    if scaled.module is not program.module:
+                        program, seen = scaled, observe(scaled, half)
             # What runs once a schedule costs nothing in fp32, and every step builds on it.
             dtype = DType.FP32 if program.component is Component.UNET_TIME else config.dtype
             early[program.component] = program
-            if dtype is DType.INT8 and program.component is Component.UNET and calibration is None:
+            if dtype in BITS and program.component is Component.UNET and calibration is None:
                 with _step(bar, f"{program.name}: calibrate"):
-                    calibration = calibrate(early, checkpoint)
+                    calibration = calibrate(early, checkpoint, BITS[dtype])
             with _step(bar, f"{program.name}: lower"):
                 computing, islands = _in_format(program, dtype, seen, calibration)
                 lower(program, computing, store, stage / file)
@@ -235,18 +243,20 @@ def _in_format(
     program: Program, dtype: DType, seen: Observation, calibration: Calibration | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The program's graph computing in `dtype`, and what of it does not, in words."""
-    if dtype is DType.INT8 and calibration is not None:
-        module = quantize(program.module, calibration.ranges, calibration.chosen)
-        return module, calibration.islands(program.module)
+    module, kept = program.module, ()
+    if calibration is not None:
+        module = quantize(module, calibration.ranges, calibration.chosen, calibration.bits)
+        kept = calibration.islands(program.module)
     if dtype in (DType.FP32, DType.INT8):
-        return program.module, ()
-    return cast(program.module, dtype, seen)
+        return module, kept
+    half, islands = cast(module, dtype, seen)
+    return half, (*kept, *islands)
 
 
 def _fused(module: fx.GraphModule, seen: Observation, calibration: Calibration | None) -> nn.Module:
     """A fused graph in bf16, its products in int8 where they were calibrated."""
     if calibration is not None:
-        module = quantize(module, calibration.ranges, calibration.chosen)
+        module = quantize(module, calibration.ranges, calibration.chosen, calibration.bits)
     return cast(module, DType.BF16, seen)[0]
 
 
@@ -276,7 +286,7 @@ def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
     steps = 2 * len(config.profiles) * (2 if config.step_cache else 1)
     programs = len(checkpoint.spec.text_encoders) + 2 + steps + halves * len(sizes)
     fused = (steps + halves * len(sizes)) if config.dtype in (DType.BF16, DType.INT8) else 0
-    calibrations = config.dtype is DType.INT8
+    calibrations = config.dtype in BITS
     return len(checkpoint.components) + 3 * programs + fused + calibrations + 1
 
 

@@ -17,12 +17,14 @@ class DType(str, Enum):
     """Number format of weights and arithmetic; an engine never computes in fewer bits than this.
 
     INT8 is of the U-Net's linear layers and convolutions; the rest is fp32 in the file and at least bf16 in an engine.
+    FP8 (e4m3) is of its linear layers; the rest is fp16.
     """
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
 
 
 @dataclass(frozen=True, kw_only=True)

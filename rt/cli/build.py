@@ -42,6 +42,13 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
     help="U-Net in int8 with calibrated activations, the rest in bfloat16 where the processor has it.",
 )
 @click.option(
+    "--fp8",
+    "dtypes",
+    flag_value="fp8",
+    multiple=True,
+    help="U-Net's linear layers in float8 (e4m3), calibrated, the rest in float16; for NVIDIA GPUs from Ada on.",
+)
+@click.option(
     "--dtype", type=click.Choice([d.value for d in DType]), help="The same, by name.  [default: fp32]"
 )
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
@@ -121,7 +128,7 @@ def _dtype(flags: tuple[str, ...], name: str | None) -> DType:
     asked = {*flags, *([name] if name else [])}
     if len(asked) > 1:
         raise ConfigError(
-            f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --int8, --dtype"
+            f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --int8, --fp8, --dtype"
         )
     return DType(asked.pop()) if asked else DType.FP32
 

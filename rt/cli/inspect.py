@@ -11,7 +11,7 @@ import click
 from rt.bundle import MANIFEST, Bundle, Manifest
 from rt.config import DType
 
-_KEPT = {dtype: "in fp32" for dtype in DType} | {DType.INT8: "not in int8"}
+_KEPT = {dtype: "in fp32" for dtype in DType} | {DType.INT8: "not in int8", DType.FP8: "not in fp8"}
 
 
 @click.command(short_help="Say what a bundle is.")
