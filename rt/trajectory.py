@@ -88,8 +88,12 @@ class Trajectory:
 
     @property
     def latents(self) -> Float32:
-        """The current x (C, h, w), a view; assign into it to steer."""
+        """The current x (C, h, w), a view; assign to it to steer."""
         return self._slot(_X + self.position % RING_X)
+
+    @latents.setter
+    def latents(self, values: Float32) -> None:
+        np.copyto(self.latents, values)
 
     def feed(self, latents: Float32) -> None:
         """Write the scaled latents, what the network is to see, into `latents` (C, h, w)."""
@@ -113,10 +117,7 @@ class Trajectory:
             np.copyto(x, np.dot(self._weights[i], state, out=self._scratch))
             finite = np.isfinite(np.dot(x, x))
         if not finite:
-            raise NumericsError(
-                f"unet gave NaN or Inf at step {i + 1} of {len(schedule)} (timestep {schedule.timesteps[i]:g}); "
-                f"build with --dtype fp32 or --bf16, or lower the guidance scale"
-            )
+            raise broken(schedule, i)
         self.position += 1
 
     def _guide(self, cond: Float32, uncond: Float32 | None) -> None:
@@ -132,3 +133,12 @@ class Trajectory:
     def _slot(self, index: int) -> Float32:
         slot: Float32 = self._state[index].reshape(self._shape)
         return slot
+
+
+def broken(schedule: Schedule, position: int) -> NumericsError:
+    """The error of a network that gave NaN or Inf at that position."""
+    return NumericsError(
+        f"unet gave NaN or Inf at step {position + 1} of {len(schedule)} "
+        f"(timestep {schedule.timesteps[position]:g}); "
+        f"build with --dtype fp32 or --bf16, or lower the guidance scale"
+    )

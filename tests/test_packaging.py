@@ -37,6 +37,7 @@ LEVELS = (
     "inpainting",
     "extras",
     "progress",
+    "cuda",
     "samplers",
     "backends",
     "machine",
@@ -46,6 +47,7 @@ LEVELS = (
     "conditioning",
     "time_table",
     "step",
+    "plan",
     "session",
     "verify",
     "arguments",
@@ -63,7 +65,11 @@ BUILD_ONLY = {
     "accelerate",
     "huggingface_hub",
 }
-BACKEND_OF = {"openvino": "rt.backends.openvino_cpu", "onnxruntime": "rt.backends.ort_cpu"}
+BACKEND_OF = {
+    "openvino": "rt.backends.openvino_cpu",
+    "onnxruntime": "rt.backends.ort_cpu",
+    "cuda": "rt.cuda.driver",
+}
 
 
 def sources() -> dict[str, Path]:
