@@ -164,7 +164,7 @@ def _try(backend: Backend, record: EngineRecord, stage: Path) -> Iterator[Outcom
             further.check(request)
             forms |= {form.value: path for form, path in further.write(record, request).items()}
     except (RtError, MemoryError) as error:
-        yield _outcome(backend, "FAILED", f"does not build: {error}", record.dtype)
+        yield _outcome(backend, "FAILED", f"does not build: {_reason(error)}", record.dtype)
         return
     for form in backend.forms(record.dtype):
         if form not in forms:
@@ -176,7 +176,11 @@ def _try(backend: Backend, record: EngineRecord, stage: Path) -> Iterator[Outcom
             errors = check(replace(record, forms={form.value: forms[form]}), stage, backend)
             yield _outcome(backend, "ok", f"{max(errors.values()):.1e} from torch", record.dtype, form)
         except (RtError, MemoryError) as error:
-            yield _outcome(backend, "FAILED", str(error) or "out of memory", record.dtype, form)
+            yield _outcome(backend, "FAILED", _reason(error), record.dtype, form)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or "out of memory"
 
 
 def _outcome(

@@ -112,10 +112,7 @@ def _to_plugin(model: ir.Model, found: FusedNode) -> None:
     old, new = node.outputs[0], plugin.outputs[0]
     new.name = old.name
     model.graph.insert_before(node, plugin)
-    ir.convenience.replace_all_uses_with(old, new)
-    for index, output in enumerate(model.graph.outputs):
-        if output is old:
-            model.graph.outputs[index] = new
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
 
 

@@ -85,7 +85,7 @@ def choose(
                 f"{candidate.name}: computes {dtype.value} graphs in {_arithmetic(candidate, dtype)}{why}",
             )
         # Most machines have no GPU, and nobody there asked for one.
-        expected = candidate.name in (preferred, *ON_HOST) or availability.version is not None
+        expected = candidate.name in (preferred, *ON_HOST) or bool(availability)
         (passed_over if expected else unmentioned).append(f"{candidate.name} ({problem})")
     raise BackendUnavailableError(
         f"no engine can run {dtype.value} graphs: {'; '.join([*passed_over, *unmentioned])}"

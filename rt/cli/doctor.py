@@ -37,7 +37,7 @@ def command(as_json: bool, run: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=1))
     if failed:
-        raise BackendError(f"the self-test found {len(failed)} faults: {'; '.join(failed)}")
+        raise BackendError(f"the self-test found faults: {'; '.join(failed)}")
 
 
 def _selftest(report: dict[str, Any], *, echo: bool) -> list[str]:

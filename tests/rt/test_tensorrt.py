@@ -194,7 +194,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch)
     assert get("tensorrt").available().problem.startswith('not installed; run: pip install "tensorrt-cu13>=')
-    with pytest.raises(BackendUnavailableError, match="^tensorrt-rtx: not installed; run: pip install"):
+    with pytest.raises(BackendUnavailableError, match=r"^tensorrt-rtx: not installed; run: pip install"):
         choose_target("tensorrt-rtx", DType.FP16)
 
 
