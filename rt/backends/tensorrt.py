@@ -66,7 +66,7 @@ RTX = Flavour(
     name="tensorrt-rtx",
     module="tensorrt_rtx",
     packages=("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
-    oldest=(1, 4),
+    oldest=(1, 7),
     form=Form.TENSORRT_RTX,
 )
 
