@@ -86,7 +86,7 @@ def _options(config: BuildConfig, timing_cache: Path | None = None) -> Options:
 
 def _capability() -> int:
     device = CudaDevice()
-    capability = device.capability
+    capability = int(device.capability)
     device.close()
     return capability
 

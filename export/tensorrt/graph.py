@@ -121,7 +121,7 @@ def _zeros(model: ir.Model, shape: tuple[int, ...]) -> ir.Value:
     if name not in model.graph.initializers:
         tensor = ir.tensor(np.zeros(shape, np.float32), name=name)
         model.graph.initializers[name] = ir.Value(
-            name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
     return model.graph.initializers[name]
 

@@ -75,10 +75,13 @@ class _Plugin:
         name = f"{DOMAIN}::{self._operator.kernel}"
         outputs = inspect.Parameter("outputs", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         tactic = inspect.Parameter("tactic", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=int)
-        code = str | bytes
-        launch = tuple[code, code, plugin.KernelLaunchParams, plugin.SymExprs]  # type: ignore[valid-type]
+        # As values: to a type checker they are whatever TensorRT has.
+        launch: Any = tuple.__class_getitem__(
+            (str | bytes, str | bytes, plugin.KernelLaunchParams, plugin.SymExprs)
+        )
+        formats: Any = list.__class_getitem__(plugin.AutoTuneCombination)
         plugin.register(name)(self._signed(self._describe, [], plugin.TensorDesc))
-        plugin.autotune(name)(self._signed(self._formats, [outputs], list[plugin.AutoTuneCombination]))
+        plugin.autotune(name)(self._signed(self._formats, [outputs], formats))
         plugin.aot_impl(name)(self._signed(self._launch, [outputs, tactic], launch))
 
     def _signed(

@@ -32,6 +32,7 @@ from rt.verify import verify
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # the builder uses every processor, and so may others
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 is not installed"),
     pytest.mark.skipif(
         not get(RTX.name).available().problem, reason="this machine has a GPU, and would run them"
@@ -99,7 +100,6 @@ def test_the_build_warns_once(
     )
 
 
-@pytest.mark.timeout(900)
 def test_a_step_of_the_size_of_sd15(tmp_path: Path) -> None:
     """The real shapes, 32 x 32 latents, in fp16. All weights are one number, which keeps files and memory small."""
     checkpoint = open_checkpoint("synthetic:sd15")
