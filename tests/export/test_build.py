@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from rt.backends import BACKENDS, Form, get
+from rt.backends import ON_HOST, Form, get
 from rt.bundle import MANIFEST, Bundle
 from rt.config import BuildConfig, DType
 from rt.errors import AccuracyError, BuildError, ConfigError, NumericsError, ShapeError
@@ -180,7 +180,7 @@ def test_profiles_share_their_weights(one: Bundle, several: Bundle) -> None:
         assert all(graph.stat().st_size < 4 * largest + 20_000 for graph in graphs)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ON_HOST)
 def test_a_build_verifies_with_every_backend(several: Bundle, name: str) -> None:
     assert len([*verify(several, get(name))]) == len(several.manifest.engines)
 

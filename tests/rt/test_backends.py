@@ -13,12 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rt.backends import AUTO, BACKENDS, Backend, Engine, Form, choose, cpu_count, get, openvino_cpu, ort_cpu
+from rt.backends import (
+    AUTO,
+    BACKENDS,
+    ON_HOST,
+    Backend,
+    Engine,
+    Form,
+    choose,
+    cpu_count,
+    get,
+    openvino_cpu,
+    ort_cpu,
+)
 from rt.bundle import Bundle, EngineRecord
 from rt.config import DType
 from rt.errors import BackendError, BackendUnavailableError, ConfigError
 
-NAMES = list(BACKENDS)
+NAMES = list(ON_HOST)
 INSTALL = {"openvino": 'pip install "openvino>=', "onnxruntime": 'pip install "onnxruntime>='}
 
 
@@ -168,14 +180,16 @@ def test_an_unknown_backend_is_refused_with_the_nearest() -> None:
         ConfigError, match=r"'openvin' does not exist \(did you mean 'openvino'\?\); use one of auto"
     ):
         choose("openvin", DType.FP32)
-    with pytest.raises(ConfigError, match="'coreml' does not exist; use one of auto, openvino, onnxruntime"):
+    with pytest.raises(
+        ConfigError, match="'coreml' does not exist; use one of auto, tensorrt, tensorrt-rtx, openvino"
+    ):
         get("coreml")
 
 
 def test_what_is_installed_is_available_with_its_version() -> None:
-    for name, backend in BACKENDS.items():
-        assert backend.available().version == installed_version(name)
-        assert not backend.available().problem
+    for name in NAMES:
+        assert BACKENDS[name].available().version == installed_version(name)
+        assert not BACKENDS[name].available().problem
 
 
 def test_no_more_processors_than_this_process_may_use() -> None:

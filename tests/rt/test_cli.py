@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rt.backends import BACKENDS, get, openvino_cpu, ort_cpu
+from rt.backends import BACKENDS, ON_HOST, Availability, get, openvino_cpu, ort_cpu
 from rt.bundle import MANIFEST, Bundle
 from rt.cli.main import main
 
@@ -225,10 +225,16 @@ def test_verify_names_every_engine_and_json_parses(rt: Rt, demo_bundle: Path) ->
 
 
 def test_doctor_names_engines_and_json_parses(rt: Rt) -> None:
-    assert all(f"ok       {name}" in rt("doctor").out for name in BACKENDS)
+    assert all(f"ok       {name}" in rt("doctor").out for name in ON_HOST)
     report = json.loads(rt("doctor", "--json").out)
     assert set(report["engines"]) == set(BACKENDS)
     assert report["extras"]["build"]["missing"] == []
+
+
+def test_doctor_says_what_is_built_for_and_cannot_run_here(rt: Rt, monkeypatch: pytest.MonkeyPatch) -> None:
+    unused = Availability(version="1.7.1", problem="needs an NVIDIA GPU; this machine has none")
+    monkeypatch.setattr(BACKENDS["tensorrt-rtx"], "available", lambda: unused)
+    assert f"unused   tensorrt-rtx: {unused.problem}" in rt("doctor").out
 
 
 def test_doctor_says_whether_the_native_kernels_are_used(rt: Rt, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +255,13 @@ def test_doctor_counts_the_gpu_kernels(rt: Rt, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "gpu_images", lambda: 0)
     assert "unused   GPU kernels for C and C++: not built" in rt("doctor").out
     assert json.loads(rt("doctor", "--json").out)["gpu_kernels"] == 0
+
+
+@pytest.mark.parametrize("option", ["--refittable", "--portable", "--tune"])
+def test_options_of_tensorrt_are_refused_for_other_engines(rt: Rt, option: str) -> None:
+    result = rt("build", "synthetic:tiny", "-o", "x", "--backend", "openvino", option)
+    assert result.code == 2
+    assert result.error.startswith(f"{option} is for TensorRT, and this build is for openvino; leave it out")
 
 
 def test_doctor_says_how_to_get_what_is_missing(rt: Rt, hide: Callable[..., None]) -> None:
@@ -453,7 +466,7 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_no_engine_installed_is_code_4_with_the_commands(
     rt: Rt, demo_bundle: Path, hide: Callable[..., None]
 ) -> None:
-    hide(*BACKENDS)
+    hide(*ON_HOST)
     for args in (
         ("run", demo_bundle, "--prompt", "x"),
         ("verify", demo_bundle),
@@ -461,7 +474,7 @@ def test_no_engine_installed_is_code_4_with_the_commands(
     ):
         result = rt(*args)
         assert result.code == 4
-        for name in BACKENDS:
+        for name in ON_HOST:
             assert f'{name} (not installed; run: pip install "{name}>=' in result.error
 
 
