@@ -34,6 +34,7 @@ from rt.config import BuildConfig, DType, fingerprint
 from rt.errors import BuildError, ConfigError, RtError
 from rt.export.calibrate import Calibration, calibrate
 from rt.export.checkpoint import Checkpoint, Kind
+from rt.export.forms import WRITERS
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
 from rt.export.passes.cast import HALF, cast
@@ -200,24 +201,26 @@ def _lower_all(
             with _step(bar, f"{program.name}: lower"):
                 computing, islands = _in_format(program, dtype, seen, calibration)
                 lower(program, computing, store, stage / file)
-            forms = {Form.ONNX.value: file}
-            if dtype in (DType.BF16, DType.INT8) and program.component in _PICTURES:
+            forms = {Form.ONNX: file}
+            write = WRITERS.get(config.backend)
+            if _fusable(program, dtype, config):
                 with _step(bar, f"{program.name}: fuse"):
                     program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
-                    forms[Form.FUSED.value] = f"engines/{program.name}.{Form.FUSED.value}"
-                    lower(
-                        program,
-                        _fused(program.module, seen, calibration),
-                        store,
-                        stage / forms[Form.FUSED.value],
-                    )
+                    computing = _fused(program.module, dtype, seen, calibration)
+                    if dtype is not DType.FP16:
+                        forms[Form.FUSED] = f"engines/{program.name}.{Form.FUSED.value}"
+                        lower(program, computing, store, stage / forms[Form.FUSED])
+            if write is not None:
+                with _step(bar, f"{program.name}: compile for {config.backend}"):
+                    written = write(program, computing, store, stage / "engines", config)
+                forms |= {form: f"engines/{name}" for form, name in written.items()}
             yield EngineRecord(
                 name=program.name,
                 component=program.component,
                 profile=program.profile,
                 guided=program.guided,
                 dtype=dtype,
-                forms=forms,
+                forms={form.value: path for form, path in forms.items()},
                 weights=weights,
                 reference=reference,
                 inputs=_input_specs(program),
@@ -243,11 +246,19 @@ def _in_format(
     return cast(program.module, dtype, seen)
 
 
-def _fused(module: fx.GraphModule, seen: Observation, calibration: Calibration | None) -> nn.Module:
-    """A fused graph in bf16, its products in int8 where they were calibrated."""
+def _fusable(program: Program, dtype: DType, config: BuildConfig) -> bool:
+    """In half precision there are kernels for the fused operators: OpenVINO's for bf16 alone."""
+    halves = {DType.BF16, DType.INT8} | ({DType.FP16} if config.backend in WRITERS else set())
+    return dtype in halves and program.component in _PICTURES
+
+
+def _fused(
+    module: fx.GraphModule, dtype: DType, seen: Observation, calibration: Calibration | None
+) -> nn.Module:
+    """A fused graph in half precision, its products in int8 where they were calibrated."""
     if calibration is not None:
         module = quantize(module, calibration.ranges, calibration.chosen)
-    return cast(module, DType.BF16, seen)[0]
+    return cast(module, dtype, seen)[0]
 
 
 @contextmanager
@@ -275,9 +286,14 @@ def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
     )
     steps = 2 * len(config.profiles) * (2 if config.step_cache else 1)
     programs = len(checkpoint.spec.text_encoders) + 2 + steps + halves * len(sizes)
-    fused = (steps + halves * len(sizes)) if config.dtype in (DType.BF16, DType.INT8) else 0
+    pictures = steps + halves * len(sizes)
+    fused = pictures if config.dtype in (DType.BF16, DType.INT8) else 0
+    written = 0
+    if config.backend in WRITERS:
+        written = programs
+        fused = pictures if config.dtype is not DType.FP32 else 0
     calibrations = config.dtype is DType.INT8
-    return len(checkpoint.components) + 3 * programs + fused + calibrations + 1
+    return len(checkpoint.components) + 3 * programs + fused + written + calibrations + 1
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
