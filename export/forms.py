@@ -1,21 +1,87 @@
-"""What a build writes of a program beside ONNX, by the backend that it is for."""
+"""Forms beyond ONNX: a backend that compiles ahead of time writes its own, from a program in torch or from its graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from rt.backends import Form
+from rt.backends import Backend, Form
+from rt.bundle import Bundle, EngineRecord
 from rt.config import BuildConfig
+from rt.errors import ConfigError
 from rt.export.lower import WeightFile
 from rt.export.program import Program
 
-Writer = Callable[[Program, nn.Module, WeightFile, Path, BuildConfig], Mapping[Form, str]]
-"""(program, the module that computes it in its final precision, the component's weights, folder, config) → form to the
-name of the file that was written into the folder. In half precision a program with pixels comes channels last and with
-the operators of `rt.export.operators`."""
 
-WRITERS: Mapping[str, Writer] = {}
-"""Name of a backend to what it wants; the others read ONNX alone."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What forms are written for.
+
+    Attributes:
+        stage: The folder that becomes the bundle.
+        config: The build's options.
+        donor: A bundle of the same model with other weights, whose refittable plans are refit rather than built.
+    """
+
+    stage: Path
+    config: BuildConfig
+    donor: Bundle | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """How a backend makes its forms.
+
+    Attributes:
+        check: Raises ConfigError before any work where this machine or backend cannot do what is asked.
+        compile: A program, the module that computes it in its final precision, and the file of its component's
+            weights → paths of the forms that it wrote into the stage.
+        write: The same from a lowered program, when torch's weights are gone.
+        fused: Whether it reads `Form.FUSED`, which is then lowered in every half precision; `compile` gets the same
+            program, channels last and with the operators of `rt.export.operators`.
+    """
+
+    check: Callable[[Request], None]
+    compile: Callable[[Program, nn.Module, WeightFile, Request], Mapping[Form, str]] | None = None
+    write: Callable[[EngineRecord, Request], Mapping[Form, str]] | None = None
+    fused: bool = False
+
+
+def writer(backend: Backend) -> Writer | None:
+    """Of that backend, or None where it runs ONNX.
+
+    Raises:
+        BackendUnavailableError: When a package that it needs is missing.
+    """
+    from rt.export.inductor import WRITERS as inductor
+    from rt.export.tensorrt.forms import WRITERS as tensorrt  # it needs Triton for classic TensorRT alone
+
+    return {**inductor, **tensorrt}.get(backend.name)
+
+
+def check_options(backend: Backend, request: Request) -> None:
+    """Say before any work what cannot be.
+
+    Raises:
+        ConfigError: An option is for another backend, or cannot be had on this machine.
+    """
+    config, name = request.config, backend.name
+    tensorrt = {"--refittable": config.refittable, "--portable": config.portable, "--tune": config.tune}
+    tensorrt["--refit"] = request.donor is not None
+    _refuse(tensorrt, "TensorRT", "tensorrt", name)
+    _refuse({"--max-autotune": config.max_autotune}, "inductor", "inductor", name)
+    if (found := writer(backend)) is not None:
+        found.check(request)
+
+
+def _refuse(options: Mapping[str, bool], whose: str, family: str, backend: str) -> None:
+    """Options of another family of backends; a family is what their names begin with."""
+    for option, given in options.items():
+        if given and not backend.startswith(family):
+            raise ConfigError(
+                f"{option} is for {whose}, and this build is for {backend}; "
+                f"leave it out or add --backend {family}"
+            )

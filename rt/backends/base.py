@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rt.config import DType
+from rt.cuda import Device, DeviceArray, Stream
 from rt.errors import BackendError
 from rt.shapes import TensorSpec
 
@@ -25,6 +26,19 @@ class Form(str, Enum):
     """A graph of standard operators: every backend that reads ONNX runs it."""
     FUSED = "fused.onnx"
     """The same with the operators `rt::…`, for a backend that has kernels for them."""
+    TENSORRT = "tensorrt.plan"
+    """TensorRT's serialized engine, weights and kernels inside; good for its version and the GPUs it was built for."""
+    TENSORRT_RTX = "tensorrt-rtx.plan"
+    """The same of TensorRT for RTX, which finishes it for the GPU when it loads."""
+    INDUCTOR = "inductor.pt2"
+    """AOTInductor's package for a GPU: host code and kernels, without weights; good for its version of torch."""
+    INDUCTOR_CPU = "inductor-cpu.pt2"
+    """The same for a processor with the instructions that it was compiled for."""
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it is complete; other forms refer to the weights of their component."""
+        return self in (Form.TENSORRT, Form.TENSORRT_RTX)
 
 
 class Engine(Protocol):
@@ -46,15 +60,42 @@ class Engine(Protocol):
         """Run the program once; on a CPU the outputs are ready on return."""
 
 
+class DeviceEngine(Protocol):
+    """A loaded program whose buffers are memory of a device, and keep their address for its life."""
+
+    @property
+    def inputs(self) -> Mapping[str, DeviceArray]:
+        """By name."""
+
+    @property
+    def outputs(self) -> Mapping[str, DeviceArray]:
+        """By name."""
+
+    def enqueue(self, stream: Stream) -> None:
+        """Run the program once in the order of `stream`, without waiting.
+
+        The first call may allocate and choose kernels. From the second on it does neither and never waits for the
+        device, so that it can be captured into a graph.
+        """
+
+    def close(self) -> None:
+        """Give its memory back, once nothing that uses it is under way."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Availability:
-    """Whether a backend can be used here: its version, or the reason why not and what would help."""
+    """Whether a backend can be used here: its version, or the reason why not and what would help.
+
+    Attributes:
+        version: Of the library, None where it is not installed or does not load.
+        problem: Why nothing runs here. With a version it is the device that is missing: plans can still be built.
+    """
 
     version: str | None
     problem: str = ""
 
     def __bool__(self) -> bool:
-        return self.version is not None
+        return not self.problem
 
 
 def broken(version: str, error: Exception) -> Availability:
@@ -91,6 +132,33 @@ class Backend(Protocol):
         threads: int,
     ) -> Engine:
         """Load one of its forms and bind a buffer to each of its inputs and outputs.
+
+        Raises:
+            BackendError: When the library refuses the file.
+        """
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend whose engines live on a device; `load` gives the same engines seen from the host."""
+
+    def open_device(self) -> Device:
+        """The device that its engines run on.
+
+        Raises:
+            BackendUnavailableError: There is none.
+        """
+
+    def load_on(
+        self,
+        device: Device,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        dtype: DType,
+    ) -> DeviceEngine:
+        """Load a graph, and bind memory of `device` to each of its inputs and outputs.
 
         Raises:
             BackendError: When the library refuses the file.
