@@ -1,0 +1,107 @@
+"""A model: its U-Net, its decoder and whole pictures, ours against diffusers and torch.compile in the same minutes.
+
+Weights are random; all candidates have the same. Errors are relative L2 distances from diffusers in fp32.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from rt.bench.gpu_parts.compiled import Compiled
+from rt.bench.gpu_parts.eager import Eager
+from rt.bench.gpu_parts.model import PICTURE, SETTINGS, UNET, VAE, Model, Peer
+from rt.bench.gpu_parts.part import Context, Figures
+from rt.bench.gpu_parts.place import Place, find, relative_error
+from rt.bench.timing import Samples, interleave
+
+CANDIDATES: tuple[Callable[[Model], Peer], ...] = (Eager, Compiled)
+"""The dearest to prepare last: what the others showed is kept before it begins."""
+ROUNDS, PICTURES = 9, 5
+
+
+def run(context: Context, setting: str) -> Iterator[Figures]:
+    """See the module.
+
+    Args:
+        context: Of the run.
+        setting: Its name.
+    """
+    place = find(context)
+    wanted = SETTINGS[setting]
+    model = Model(setting=wanted.tiny() if context.dry else wanted, place=place, seed=context.seed)
+    reference, work = _reference(model)
+    peers: dict[str, Peer] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for load in CANDIDATES:
+        peer, row = _ready(load, model, reference)
+        peers[peer.name], rows[peer.name] = peer, row
+        for measure, samples in _compare(peers, model).items():
+            for name, each in samples.items():
+                rows[name].setdefault("measures", {})[measure] = each.to_json()
+        yield {
+            "model": model.checkpoint.name,
+            "side": model.setting.side,
+            "guided": model.setting.guided,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "flops": work,
+            "bars_ms": dict(model.setting.bars_ms),
+            "candidates": rows,
+        }
+
+
+def _reference(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Outputs in fp32 without tf32, and the FLOPs of products in each."""
+    torch.backends.cudnn.allow_tf32 = False
+    peer = Eager(model, torch.float32)
+    outputs, flops = {}, {}
+    for measure, call in ((UNET, peer.unet), (VAE, peer.vae)):
+        with FlopCounterMode(display=False) as counter:
+            outputs[measure] = call().cpu()
+        flops[measure] = counter.get_total_flops()
+    return outputs, flops
+
+
+def _ready(
+    load: Callable[[Model], Peer], model: Model, reference: Mapping[str, Tensor]
+) -> tuple[Peer, dict[str, Any]]:
+    """A candidate that has done everything once: seconds until then, memory it holds, errors."""
+    gc.collect()
+    if not model.place.dry:
+        torch.cuda.empty_cache()
+    before, started = model.place.used_gib(), time.perf_counter()
+    peer = load(model)
+    errors = {}
+    for measure, call in ((UNET, peer.unet), (VAE, peer.vae)):
+        errors[measure] = relative_error(call().cpu(), reference[measure])
+    for steps in model.setting.steps:
+        peer.picture(steps)
+    model.place.wait()
+    ready_s = time.perf_counter() - started
+    return peer, {"ready_s": ready_s, "held_gib": model.place.used_gib() - before, "errors": errors}
+
+
+def _compare(peers: Mapping[str, Peer], model: Model) -> dict[str, dict[str, Samples]]:
+    """Measure → candidate → times: of the device for the networks, of the host's clock for pictures."""
+    place = model.place
+    found = {
+        UNET: place.compare({name: peer.unet for name, peer in peers.items()}, ROUNDS),
+        VAE: place.compare({name: peer.vae for name, peer in peers.items()}, ROUNDS),
+    }
+    for steps in model.setting.steps:
+        found[f"{PICTURE} {steps}"] = _pictures(place, [*peers.items()], steps)
+    return found
+
+
+def _pictures(place: Place, peers: Sequence[tuple[str, Peer]], steps: int) -> dict[str, Samples]:
+    calls = {
+        name: lambda peer=peer: place.walled(lambda: peer.picture(steps))  # type: ignore[misc]
+        for name, peer in peers
+    }
+    return interleave(calls, 1 if place.dry else PICTURES)

@@ -1,0 +1,27 @@
+"""All parts in the order in which they are run: what others are held against first, the dearest last."""
+
+from __future__ import annotations
+
+from rt.bench.gpu_parts.part import Part
+
+
+def _model(name: str, minutes: float) -> Part:
+    return Part(
+        name=name, title=TITLES[name], minutes=minutes, module="models", arguments={"setting": name}
+    )
+
+
+TITLES = {
+    "sd15": "SD 1.5, 512 × 512",
+    "sd21": "SD 2.1, 768 × 768",
+    "sdxl": "SDXL, 1024 × 1024",
+    "sdxl-turbo": "SDXL-Turbo, 512 × 512",
+}
+
+PARTS = (
+    Part(name="ceilings", title="What the machine can do", minutes=0.5, module="ceilings"),
+    _model("sd15", 5.0),
+    _model("sdxl", 7.0),
+    _model("sdxl-turbo", 5.0),
+    _model("sd21", 4.0),
+)
