@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rt.expression import evaluate
-from rt.kernel_image import TensorArgument
+from rt.kernel_image import TensorArgument, integers
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,8 @@ class KernelSpec:
         flops: Of a case, two a multiply-add; 0 for what only moves data.
         tolerance: Largest allowed absolute error relative to the reference's largest value, by "T".
         budget: See `Budget`.
+        examples: Input or in-place output to how tests draw it; floats without an entry are standard normal, and
+            integers must have one.
         alternatives: Name to a torch function with the reference's arguments in "T": what else a user could run.
     """
 
@@ -97,7 +99,17 @@ class KernelSpec:
     scalars: Mapping[str, str] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
     flops: Callable[[Case], int] = lambda case: 0
+    examples: Mapping[str, Callable[[Case, torch.Generator], torch.Tensor]] = field(default_factory=dict)
     alternatives: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    @property
+    def read(self) -> tuple[TensorArgument, ...]:
+        """The arguments of the reference: inputs, then the outputs that are read first."""
+        return (*self.inputs, *(argument for argument in self.outputs if argument.name in self.inplace))
+
+    def extent(self, argument: TensorArgument, case: Case) -> tuple[int, ...]:
+        """The shape of `argument`; its formulas may name integer constants, too, such as the pixels of a chunk."""
+        return argument.extent({**case.sizes, **integers(self.constants(case))})
 
     def dtype(self, argument: TensorArgument, case: Case) -> str:
         """The format of `argument`."""
@@ -105,10 +117,9 @@ class KernelSpec:
 
     def bytes(self, case: Case) -> int:
         """What the case reads and writes at the least."""
-        twice = [argument for argument in self.outputs if argument.name in self.inplace]
         return sum(
-            math.prod(argument.extent(case.sizes)) * BYTES[self.dtype(argument, case)]
-            for argument in (*self.inputs, *self.outputs, *twice)
+            math.prod(self.extent(argument, case)) * BYTES[self.dtype(argument, case)]
+            for argument in (*self.read, *self.outputs)
         )
 
     def constants(self, case: Case) -> dict[str, Constant]:
@@ -118,5 +129,5 @@ class KernelSpec:
 
     def blocks(self, case: Case) -> tuple[int, ...]:
         """The grid of the case."""
-        names = {**case.sizes, **self.constants(case)}
+        names = {**case.sizes, **integers(self.constants(case))}
         return tuple(int(evaluate(text, names)) for text in self.grid)

@@ -127,6 +127,13 @@ def check_output_type(output_type: str) -> None:
         raise ConfigError(f"output_type {output_type!r} does not exist; use one of {', '.join(OUTPUT_TYPES)}")
 
 
+def check_tensor_inputs(names: Sequence[str]) -> Sequence[str]:
+    """What a callback is shown: "latents" or nothing."""
+    if isinstance(names, str) or not set(names) <= {"latents"}:
+        raise ConfigError(f'callback_on_step_end_tensor_inputs is {names!r}; use ["latents"] or []')
+    return names
+
+
 def check_latents(
     latents: NDArray[np.float32] | None, expected: tuple[int, ...]
 ) -> Sequence[NDArray[np.float32] | None]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-from rt.backends import AUTO, Engine, choose, cpu_count
+from rt.backends import AUTO, DeviceBackend, DeviceEngine, Engine, choose, cpu_count
+from rt.backends.views import HostSide
 from rt.bundle import Bundle, EngineRecord
+from rt.cuda import Device, Stream
 from rt.errors import BundleError, ConfigError
 from rt.model import Component
 from rt.shapes import ShapeProfile
@@ -16,6 +19,14 @@ logger = logging.getLogger(__name__)
 
 EngineKey = tuple[Component, ShapeProfile | None, bool]
 """What is run, at which shape (None for text), and whether with guidance (U-Net only)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where engines of a device run, all in the order of one stream."""
+
+    device: Device
+    stream: Stream
 
 
 class Engines:
@@ -27,7 +38,12 @@ class Engines:
         threads: Processors to use; all that the process may use when None.
 
     Raises:
-        BackendUnavailableError, ConfigError: As `rt.backends.choose`.
+        BackendUnavailableError, ConfigError: As `rt.backends.choose`; or the backend's device is not there.
+
+    Attributes:
+        backend: That runs them.
+        reason: Why it is this one.
+        place: Where they run when it is not the host.
     """
 
     def __init__(self, bundle: Bundle, backend: str = AUTO, threads: int | None = None) -> None:
@@ -38,6 +54,10 @@ class Engines:
             backend, config.dtype, preferred=config.backend, unfit=bundle.manifest.unfit
         )
         logger.info("%s", self.reason)
+        self.place: Place | None = None
+        if isinstance(self.backend, DeviceBackend):
+            device = self.backend.open_device()
+            self.place = Place(device, device.create_stream())
         self._bundle = bundle
         self._threads = threads or cpu_count()
         self._verified: set[str] = set()
@@ -71,13 +91,41 @@ class Engines:
             self.load([key])
         return self._loaded[name]
 
+    def on_device(
+        self, component: Component, profile: ShapeProfile | None = None, *, guided: bool = False
+    ) -> DeviceEngine:
+        """As `get`, with its buffers on the device.
+
+        Raises:
+            ConfigError: The backend runs on the host.
+        """
+        engine = self.get(component, profile, guided=guided)
+        if not isinstance(engine, HostSide):
+            raise ConfigError(
+                f"{self.backend.name} runs on the host; use a backend of a GPU for a loop there"
+            )
+        return engine.engine
+
+    def close(self) -> None:
+        """Give engines and device back; without a device, nothing needs it."""
+        for engine in self._loaded.values():
+            if isinstance(engine, HostSide):
+                engine.close()
+        self._loaded.clear()
+        if self.place is not None:
+            self.place.device.destroy_stream(self.place.stream)
+            self.place.device.close()
+            self.place = None
+
     def _open(self, record: EngineRecord) -> Engine:
+        path = self._bundle.path / record.form(self.backend)
+        if self.place is not None and isinstance(self.backend, DeviceBackend):
+            device, stream = self.place.device, self.place.stream
+            device.activate()  # in the thread of the pool
+            engine = self.backend.load_on(device, path, record.inputs, record.outputs, dtype=record.dtype)
+            return HostSide(engine, device, stream)
         return self.backend.load(
-            self._bundle.path / record.form(self.backend),
-            record.inputs,
-            record.outputs,
-            dtype=record.dtype,
-            threads=self._threads,
+            path, record.inputs, record.outputs, dtype=record.dtype, threads=self._threads
         )
 
     def _find(self, key: EngineKey) -> EngineRecord:

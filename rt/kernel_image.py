@@ -9,13 +9,19 @@ from typing import Any
 from rt.expression import evaluate
 
 
+def integers(constants: Mapping[str, int | float | bool | str]) -> dict[str, int]:
+    """What formulas may name of the compile-time constants."""
+    return {name: value for name, value in constants.items() if isinstance(value, int)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorArgument:
     """A pointer that a kernel takes.
 
     Attributes:
         name: Of the parameter.
-        shape: A formula (`rt.expression`) a dimension, over the sizes of the kernel; contiguous, the last fastest.
+        shape: A formula (`rt.expression`) a dimension, over the sizes and integer constants of the kernel; contiguous,
+            the last fastest. Starts at a multiple of 16 bytes.
         dtype: Its numpy or ml_dtypes name, such as float16, bfloat16, uint8.
     """
 
@@ -77,14 +83,18 @@ class KernelImage:
 
     def launch_grid(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
         """Blocks in x, y and z for `sizes`."""
-        numbers = {name: value for name, value in self.constants.items() if isinstance(value, int)}
-        blocks = [int(evaluate(text, {**numbers, **self.sizes, **sizes})) for text in self.grid]
+        names = {**integers(self.constants), **self.sizes, **sizes}
+        blocks = [int(evaluate(text, names)) for text in self.grid]
         x, y, z = [*blocks, 1, 1][:3]
         return x, y, z
 
     def scalar_values(self, sizes: Mapping[str, int]) -> list[int]:
         """The 32-bit integers for `sizes`, in order."""
         return [int(evaluate(text, {**self.sizes, **sizes})) for text in self.scalars.values()]
+
+    def extent(self, argument: TensorArgument, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of one of its arguments for `sizes`."""
+        return argument.extent({**integers(self.constants), **self.sizes, **sizes})
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; `from_json` is the inverse."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,22 +25,23 @@ from rt.arguments import (
     check_prompts,
     check_seeds,
     check_step_cache,
+    check_tensor_inputs,
     unknown_argument,
 )
 from rt.backends import AUTO
 from rt.bundle import Bundle
 from rt.conditioning import Conditioning
 from rt.engines import EngineKey, Engines
-from rt.errors import ConfigError, NumericsError
-from rt.images import postprocess, to_pil
+from rt.errors import ConfigError
+from rt.images import to_pil
 from rt.inpainting import Inpainting, Picture
 from rt.model import Component
 from rt.noise import Generator
+from rt.plan import plan
 from rt.samplers import Schedule, Scheduler, shorten
-from rt.session import OnStep, Row, Session
+from rt.session import Loop, OnStep, Row, RowState, Session, check_finite
 from rt.shapes import ShapeProfile, choose_size, split_batch
 from rt.tokenizer import Tokenizer
-from rt.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class Pipeline:
         latents: NDArray[np.float32] | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_rescale: float = 0.0,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
@@ -173,6 +174,8 @@ class Pipeline:
             output_type: "pil", "np" or "latent".
             callback_on_step_end: Called as (pipe, step, timestep, {"latents": (B, C, h, w)}) after each step of a
                 batch; a "latents" in what it returns replaces them.
+            callback_on_step_end_tensor_inputs: ["latents"], or [] for a callback that does not look at them: on a GPU
+                it then need not wait for each step.
             guidance_rescale: φ of https://arxiv.org/abs/2305.08891, for zero-terminal-SNR models.
             seed: Of the first picture, the others count up from it; or one for each picture; random when left out.
             scheduler: Name of a sampler (`rt.samplers.SAMPLERS`, diffusers' class names), or a `Scheduler`;
@@ -198,6 +201,7 @@ class Pipeline:
         count = repeats * len(prompts)
         seeds = check_seeds(seed, count)
         check_output_type(output_type)
+        shown = check_tensor_inputs(callback_on_step_end_tensor_inputs)
         guidance_scale, guidance_rescale = check_guidance(guidance_scale, guidance_rescale)
         guidance_interval = check_guidance_interval(guidance_interval)
         guided = guidance_scale > 1
@@ -235,10 +239,10 @@ class Pipeline:
             calls = 0
             for session, batch in self._batches(rows, size):
                 with watch("denoise"):
-                    finished = session.denoise(batch, self._on_step(callback_on_step_end))
+                    session.run(batch, self._on_step(callback_on_step_end, shown))
                 calls += session.calls
                 with watch("decode"):
-                    images += [self._finish(row, size, output_type) for row in finished]
+                    images += _FINISH[output_type](session)
         timings = Timings(
             load_s=watch.seconds["load"],
             text_s=watch.seconds["text"],
@@ -267,10 +271,8 @@ class Pipeline:
         batch_sizes = set(split_batch(count, (profile.batch_size for profile in self._profiles_of(size))))
         wanted: list[EngineKey] = [(encoder, None, False) for encoder in self._tokenizers]
         wanted += [(Component.UNET_TIME, None, False), (Component.UNET_CONTEXT, None, False)]
-        for batch, step, full in itertools.product(batch_sizes, set(guided & schedule.guided), (True, False)):
-            if full or not schedule.full[guided & schedule.guided == step].all():
-                component = Component.UNET if full else Component.UNET_SHALLOW
-                wanted.append((component, ShapeProfile(*size, batch), bool(step)))
+        programs = {step.program for step in plan([schedule], guided=guided)}
+        wanted += [(component, ShapeProfile(*size, b), g) for b in batch_sizes for component, g in programs]
         if self.bundle.manifest.model.inpainting:
             wanted.append((Component.VAE_ENCODER, ShapeProfile(*size), False))
         if decode:
@@ -322,7 +324,7 @@ class Pipeline:
             engine.inputs["tokens"][0] = tokens.ids
             engine.enqueue()
             for output in engine.outputs.values():
-                _check_finite(output, encoder)
+                check_finite(output, encoder)
             states.append(engine.outputs["states"][0].copy())
             if "pooled" in engine.outputs:
                 pooled = engine.outputs["pooled"][0].copy()
@@ -333,7 +335,7 @@ class Pipeline:
         np.copyto(encoder.inputs["image"][0], picture)
         encoder.enqueue()
         for output in encoder.outputs.values():
-            _check_finite(output, Component.VAE_ENCODER)
+            check_finite(output, Component.VAE_ENCODER)
         factor = self.bundle.manifest.model.vae_scale_factor
         return Inpainting(
             mask=hole[None, ::factor, ::factor],
@@ -358,32 +360,33 @@ class Pipeline:
     def _profiles_of(self, size: tuple[int, int]) -> list[ShapeProfile]:
         return [profile for profile in self._profiles if (profile.height, profile.width) == size]
 
-    def _on_step(self, callback: Callback | None) -> OnStep:
-        def on_step(step: int, rows: Sequence[Trajectory]) -> bool:
+    def _on_step(self, callback: Callback | None, shown: Sequence[str]) -> OnStep:
+        def on_step(step: int, rows: Sequence[RowState]) -> bool:
             if callback is not None:
-                latents = np.stack([row.latents for row in rows])
-                timestep = float(rows[0].schedule.timesteps[step])
-                result = callback(self, step, timestep, {"latents": latents})
-                replaced = np.asarray((result or {}).get("latents", latents))
-                if replaced.shape != latents.shape:
-                    raise ConfigError(f"the callback gave latents {replaced.shape}; expected {latents.shape}")
-                for row, new in zip(rows, replaced, strict=True):
-                    row.latents[...] = new
+                given = {"latents": np.stack([row.latents for row in rows])} if shown else {}
+                result = callback(self, step, float(rows[0].schedule.timesteps[step]), given)
+                if result and "latents" in result:
+                    _replace(rows, result["latents"])
             return not self._interrupt
 
         return on_step
 
-    def _finish(self, latents: NDArray[np.float32], size: tuple[int, int], output_type: OutputType) -> Any:
-        if output_type == "latent":
-            return latents.copy()
-        decoder = self.engines.get(Component.VAE_DECODER, ShapeProfile(*size))
-        np.copyto(decoder.inputs["latents"][0], latents)
-        decoder.enqueue()
-        image = decoder.outputs["image"][0]
-        _check_finite(image, Component.VAE_DECODER)
-        if output_type == "np":
-            return np.clip(image / 2 + 0.5, 0, 1)
-        return to_pil(postprocess(image))
+
+def _replace(rows: Sequence[RowState], latents: Any) -> None:
+    replaced = np.asarray(latents)
+    expected = (len(rows), *rows[0].latents.shape)
+    if replaced.shape != expected:
+        raise ConfigError(f"the callback gave latents {replaced.shape}; expected {expected}")
+    for row, new in zip(rows, replaced, strict=True):
+        row.latents = new
+
+
+_FINISH: Mapping[OutputType, Callable[[Loop], list[Any]]] = {
+    "latent": lambda session: [latents.copy() for latents in session.latents()],
+    "np": lambda session: [np.clip(image / 2 + 0.5, 0, 1) for image in session.images()],
+    "pil": lambda session: [to_pil(pixels) for pixels in session.pixels()],
+}
+"""What becomes of a run, by `output_type`."""
 
 
 class _Stopwatch:
@@ -399,10 +402,3 @@ class _Stopwatch:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - started
-
-
-def _check_finite(output: NDArray[Any], component: Component) -> None:
-    if not np.isfinite(output).all():
-        raise NumericsError(
-            f"{component.value} gave NaN or Inf; build with --dtype fp32 or --bf16, or check the weights with rt verify"
-        )

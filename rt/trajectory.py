@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from rt.errors import NumericsError
 from rt.noise import Generator
 from rt.samplers import Schedule
-from rt.samplers.table import HISTORY, SAMPLES
+from rt.samplers.packed import RING_H, RING_X, ring_weights
 
 Float32 = NDArray[np.float32]
 
-# Slots of the state: a ring of x, where x_{i+1} must not replace any that row i reads; a ring of h; one z.
-_RING_X, _RING_H = SAMPLES + 1, HISTORY
-_X, _H, _Z, _SLOTS = 0, _RING_X, _RING_X + _RING_H, _RING_X + _RING_H + 1
+# Slots of the state: a ring of x, a ring of h, one z.
+_X, _H, _Z, _SLOTS = 0, RING_X, RING_X + RING_H, RING_X + RING_H + 1
 
 
 class Trajectory:
@@ -58,7 +57,7 @@ class Trajectory:
         """
         self.schedule, self._noise = schedule, noise
         self._guidance, self._rescale = np.float32(guidance_scale), guidance_rescale
-        self._weights = _ring_weights(schedule)
+        self._weights = np.column_stack([ring_weights(schedule), schedule.n])
         self.position = 0
         self._state.fill(0.0)
         if latents is None:
@@ -89,8 +88,12 @@ class Trajectory:
 
     @property
     def latents(self) -> Float32:
-        """The current x (C, h, w), a view; assign into it to steer."""
-        return self._slot(_X + self.position % _RING_X)
+        """The current x (C, h, w), a view; assign to it to steer."""
+        return self._slot(_X + self.position % RING_X)
+
+    @latents.setter
+    def latents(self, values: Float32) -> None:
+        np.copyto(self.latents, values)
 
     def feed(self, latents: Float32) -> None:
         """Write the scaled latents, what the network is to see, into `latents` (C, h, w)."""
@@ -105,19 +108,16 @@ class Trajectory:
         i, schedule, state, m = self.position, self.schedule, self._state, self._m
         with np.errstate(over="ignore", invalid="ignore"):  # an error below, not also a warning
             self._guide(cond.reshape(-1), None if uncond is None else uncond.reshape(-1))
-            h = state[_H + i % _RING_H]
+            h = state[_H + i % RING_H]
             np.multiply(m, schedule.q[i], out=h)
-            h += np.multiply(state[_X + i % _RING_X], schedule.p[i], out=self._scratch)
+            h += np.multiply(state[_X + i % RING_X], schedule.p[i], out=self._scratch)
             if schedule.n[i] != 0:
                 self._noise.randn(self._shape, out=self._slot(_Z))
-            x = state[_X + (i + 1) % _RING_X]
+            x = state[_X + (i + 1) % RING_X]
             np.copyto(x, np.dot(self._weights[i], state, out=self._scratch))
             finite = np.isfinite(np.dot(x, x))
         if not finite:
-            raise NumericsError(
-                f"unet gave NaN or Inf at step {i + 1} of {len(schedule)} (timestep {schedule.timesteps[i]:g}); "
-                f"build with --dtype fp32 or --bf16, or lower the guidance scale"
-            )
+            raise broken(schedule, i)
         self.position += 1
 
     def _guide(self, cond: Float32, uncond: Float32 | None) -> None:
@@ -135,13 +135,10 @@ class Trajectory:
         return slot
 
 
-def _ring_weights(schedule: Schedule) -> Float32:
-    """The rows of a, b and n laid out for the ring: (N, slots)."""
-    steps = np.arange(len(schedule))
-    weights = np.zeros((len(schedule), _SLOTS), np.float32)
-    for k in range(schedule.a.shape[1]):
-        weights[steps, _X + (steps - k) % _RING_X] = schedule.a[:, k]
-    for k in range(schedule.b.shape[1]):
-        weights[steps, _H + (steps - k) % _RING_H] = schedule.b[:, k]
-    weights[:, _Z] = schedule.n
-    return weights
+def broken(schedule: Schedule, position: int) -> NumericsError:
+    """The error of a network that gave NaN or Inf at that position."""
+    return NumericsError(
+        f"unet gave NaN or Inf at step {position + 1} of {len(schedule)} "
+        f"(timestep {schedule.timesteps[position]:g}); "
+        f"build with --dtype fp32 or --bf16, or lower the guidance scale"
+    )

@@ -37,6 +37,7 @@ LEVELS = (
     "inpainting",
     "extras",
     "progress",
+    "cuda",
     "samplers",
     "backends",
     "machine",
@@ -46,6 +47,7 @@ LEVELS = (
     "conditioning",
     "time_table",
     "step",
+    "plan",
     "session",
     "verify",
     "arguments",
@@ -63,7 +65,11 @@ BUILD_ONLY = {
     "accelerate",
     "huggingface_hub",
 }
-BACKEND_OF = {"openvino": "rt.backends.openvino_cpu", "onnxruntime": "rt.backends.ort_cpu"}
+BACKEND_OF = {
+    "openvino": "rt.backends.openvino_cpu",
+    "onnxruntime": "rt.backends.ort_cpu",
+    "cuda": "rt.cuda.driver",
+}
 
 
 def sources() -> dict[str, Path]:
@@ -122,7 +128,7 @@ def test_imports_point_downward(module):
         if other == "":  # `import rt` for the version alone
             assert own in ("cli", "bench"), f"{module} imports rt"
         elif own == "kernels":
-            assert other in ("errors", "expression", "kernel_image"), f"{module} imports {imported}"
+            assert other in ("errors", "expression", "kernel_image", "extras"), f"{module} imports {imported}"
         elif own == "export":
             allowed = ("kernels", *LEVELS[: LEVELS.index("verify") + 1])
             assert other in allowed and other != "session", f"{module} imports {imported}"

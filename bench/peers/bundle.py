@@ -27,9 +27,8 @@ from rt.noise import Generator
 from rt.pipeline import Pipeline
 from rt.samplers import Schedule
 from rt.samplers.table import HISTORY, SAMPLES
-from rt.session import Row, Session
+from rt.session import Row, RowState, Session
 from rt.shapes import ShapeProfile
-from rt.trajectory import Trajectory
 
 
 class Variant:
@@ -89,7 +88,7 @@ class Bundle(Variant):
         )
         ends: list[float] = []
 
-        def on_step(step: int, rows: Sequence[Trajectory]) -> bool:
+        def on_step(step: int, rows: Sequence[RowState]) -> bool:
             ends.append(time.perf_counter())
             return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from rt.backends.base import Array, Availability, Backend, Engine, Form
+from rt.backends.base import Array, Availability, Backend, DeviceBackend, DeviceEngine, Engine, Form
 from rt.backends.openvino_cpu import OpenVINO
 from rt.backends.ort_cpu import OnnxRuntime
 from rt.config import DType
@@ -17,6 +17,8 @@ __all__ = [
     "Array",
     "Availability",
     "Backend",
+    "DeviceBackend",
+    "DeviceEngine",
     "Engine",
     "Form",
     "choose",

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rt.config import DType
+from rt.cuda import Device, DeviceArray, Stream
 from rt.errors import BackendError
 from rt.shapes import TensorSpec
 
@@ -44,6 +45,28 @@ class Engine(Protocol):
 
     def enqueue(self) -> None:
         """Run the program once; on a CPU the outputs are ready on return."""
+
+
+class DeviceEngine(Protocol):
+    """A loaded program whose buffers are memory of a device, and keep their address for its life."""
+
+    @property
+    def inputs(self) -> Mapping[str, DeviceArray]:
+        """By name."""
+
+    @property
+    def outputs(self) -> Mapping[str, DeviceArray]:
+        """By name."""
+
+    def enqueue(self, stream: Stream) -> None:
+        """Run the program once in the order of `stream`, without waiting.
+
+        The first call may allocate and choose kernels. From the second on it does neither and never waits for the
+        device, so that it can be captured into a graph.
+        """
+
+    def close(self) -> None:
+        """Give its memory back, once nothing that uses it is under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +114,33 @@ class Backend(Protocol):
         threads: int,
     ) -> Engine:
         """Load one of its forms and bind a buffer to each of its inputs and outputs.
+
+        Raises:
+            BackendError: When the library refuses the file.
+        """
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend whose engines live on a device; `load` gives the same engines seen from the host."""
+
+    def open_device(self) -> Device:
+        """The device that its engines run on.
+
+        Raises:
+            BackendUnavailableError: There is none.
+        """
+
+    def load_on(
+        self,
+        device: Device,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        dtype: DType,
+    ) -> DeviceEngine:
+        """Load a graph, and bind memory of `device` to each of its inputs and outputs.
 
         Raises:
             BackendError: When the library refuses the file.

@@ -143,6 +143,7 @@ def command(
             image=image,
             mask_image=mask,
             callback_on_step_end=lambda *step: bar.advance(),
+            callback_on_step_end_tensor_inputs=[],
         )
     source = pipe.bundle.manifest.source
     settings: dict[str, object] = {"CFG Rescale": guidance_rescale} if guidance_rescale else {}

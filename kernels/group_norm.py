@@ -1,0 +1,181 @@
+"""GroupNorm of channels-last pixels, with a bias before and SiLU after, in one launch.
+
+    h = x + bias                                       x (batch, pixels, channels) in T, bias (batch, channels)
+    y = (h − mean) / √(variance + eps) · scale + shift     over the pixels and channels / groups channels of a group
+    y = y · sigmoid(y)                                 if silu
+
+Everything but x and y is fp32; so are all sums. The bias is the time embedding of a residual block, which may hold the
+bias of the convolution before it, too; a norm that has none is given zeros.
+
+A program owns one group of one row of the batch. It reads the group twice: statistics (`welford`), then the result; the
+second time it comes from the L2 cache. `group_statistics` and `group_normalize` spread a group over many programs, for
+pictures that have too few groups to fill a GPU.
+
+Wu and He, "Group Normalization", https://arxiv.org/abs/1803.08494.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rt.kernel_image import TensorArgument
+from rt.kernels import welford
+from rt.kernels.spec import Budget, Case, Config, KernelSpec
+
+
+def reference(
+    x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, groups: int, eps: float, silu: bool
+) -> tuple[Tensor]:
+    """In torch."""
+    y = F.group_norm((x + bias[:, None]).movedim(-1, 1), groups, scale, shift, eps).movedim(1, -1)
+    return (F.silu(y) if silu else y,)
+
+
+@triton.jit
+def group_norm(
+    x,
+    bias,
+    scale,
+    shift,
+    pixels,
+    y,
+    channels: tl.constexpr,
+    groups: tl.constexpr,
+    eps: tl.constexpr,
+    silu: tl.constexpr,
+    BLOCK: tl.constexpr,  # pixels at a time
+    WIDTH: tl.constexpr,  # the channels of a group, up to a power of two
+):
+    """In Triton: a program a group of a row."""
+    width: tl.constexpr = channels // groups
+    row = tl.program_id(0) // groups
+    column = tl.arange(0, WIDTH)
+    channel = tl.program_id(0) % groups * width + column
+    inside = column < width
+    added = tl.load(bias + row * channels + channel, inside, 0.0)[None, :]
+
+    pixel = tl.arange(0, BLOCK)
+    start = row.to(tl.int64) * pixels * channels  # a batch may hold more than 2³¹ values
+    offset = pixel[:, None] * channels + channel[None, :]
+    mean = tl.zeros((BLOCK, WIDTH), tl.float32)
+    m2 = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for first in range(0, pixels, BLOCK):
+        valid = (first + pixel < pixels)[:, None] & inside[None, :]
+        value = tl.load(x + start + first * channels + offset, valid, 0.0).to(tl.float32) + added
+        mean, m2 = welford.accumulate(value, mean, m2, first // BLOCK + 1.0, valid)
+    seen = ((pixels - pixel + BLOCK - 1) // BLOCK).to(tl.float32)  # by each lane; 0 for a lane past the end
+    mean, m2 = welford.merge(mean, m2, seen[:, None], 0)
+    mean, m2 = welford.merge(mean, m2, tl.where(inside, pixels, 0).to(tl.float32), 0)
+
+    factor = tl.load(scale + channel, inside, 0.0)[None, :] * tl.rsqrt(m2 / (pixels * width) + eps)
+    term = tl.load(shift + channel, inside, 0.0)[None, :]
+    for first in range(0, pixels, BLOCK):
+        valid = (first + pixel < pixels)[:, None] & inside[None, :]
+        at = start + first * channels + offset
+        value = (tl.load(x + at, valid, 0.0).to(tl.float32) + (added - mean)) * factor + term
+        if silu:
+            value *= tl.sigmoid(value)
+        tl.store(y + at, value.to(y.dtype.element_ty), valid)
+
+
+def config(case: Case) -> Config:
+    """Eight values a thread; sixteen where a block cannot have as many threads."""
+    width = triton.next_power_of_2(case.sizes["channels"] // int(case.attributes["groups"]))
+    tile = max(256, min(8192, triton.next_power_of_2(case.sizes["pixels"]) * width))
+    return Config(constants={"BLOCK": tile // width, "WIDTH": width}, warps=min(16, tile // 256))
+
+
+def off_centre(case: Case, generator: torch.Generator) -> Tensor:
+    """Values whose mean is ten times their deviation, and other in each channel: E[x²] − E[x]² would show."""
+    x = torch.randn(*(case.sizes[name] for name in ("batch", "pixels", "channels")), generator=generator)
+    return x + 10 + torch.randn(case.sizes["channels"], generator=generator)
+
+
+def case(
+    batch: int,
+    pixels: int,
+    channels: int,
+    *,
+    groups: int = 32,
+    eps: float = 1e-5,
+    silu: bool = True,
+    dtype: str = "float16",
+) -> Case:
+    """A norm of diffusers' blocks unless said otherwise."""
+    return Case(
+        sizes={"batch": batch, "pixels": pixels, "channels": channels},
+        dtype=dtype,
+        attributes={"groups": groups, "eps": eps, "silu": silu},
+    )
+
+
+def eager(
+    x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """What diffusers runs: three operators on channels-last tensors."""
+    h = (x + bias.to(x.dtype)[:, None]).movedim(-1, 1)
+    y = F.group_norm(h, groups, scale.to(x.dtype), shift.to(x.dtype), eps)
+    return (F.silu(y) if silu else y).movedim(1, -1)
+
+
+def unet_levels(side: int, levels: dict[int, tuple[int, ...]], attention: int) -> dict[str, Case]:
+    """The norms of a U-Net under guidance: those of residual blocks with SiLU, those before attention without.
+
+    Args:
+        side: Of the latent.
+        levels: How often it is halved to the channels that meet a norm there; the first is that of attention.
+        attention: The first level with attention.
+    """
+    found = {}
+    for halved, widths in levels.items():
+        own = side >> halved
+        for channels in widths:
+            found[f"{own}x{own}x{channels}"] = case(2, own * own, channels)
+        if halved >= attention:
+            found[f"{own}x{own}x{widths[0]} plain"] = case(2, own * own, widths[0], eps=1e-6, silu=False)
+    return found
+
+
+SD = {0: (320, 640, 960), 1: (640, 320, 960, 1280, 1920), 2: (1280, 640, 1920, 2560), 3: (1280, 2560)}
+XL = {0: (320, 640, 960), 1: (640, 320, 960, 1280, 1920), 2: (1280, 640, 1920, 2560)}
+WORKLOADS = {
+    **{f"sd15 {name}": one for name, one in unet_levels(64, SD, 0).items()},
+    **{f"sd21 {name}": one for name, one in unet_levels(96, SD, 0).items()},
+    **{f"sdxl {name}": one for name, one in unet_levels(128, XL, 1).items()},
+}
+
+SPEC = KernelSpec(
+    name="group_norm",
+    kernel=group_norm,
+    inputs=(
+        TensorArgument(name="x", shape=("batch", "pixels", "channels"), dtype="T"),
+        TensorArgument(name="bias", shape=("batch", "channels"), dtype="float32"),
+        TensorArgument(name="scale", shape=("channels",), dtype="float32"),
+        TensorArgument(name="shift", shape=("channels",), dtype="float32"),
+    ),
+    scalars={"pixels": "pixels"},
+    outputs=(TensorArgument(name="y", shape=("batch", "pixels", "channels"), dtype="T"),),
+    fixed=("channels",),
+    config=config,
+    grid=("batch * groups",),
+    reference=reference,
+    cases=(
+        case(1, 64, 320),
+        case(2, 77, 640, dtype="bfloat16"),
+        case(3, 100, 1280, silu=False, eps=1e-6),
+        case(1, 49, 2560, dtype="bfloat16", eps=0.1),
+        case(1, 1, 64, groups=2, eps=0.5),
+        case(2, 1500, 20, groups=2),  # more pixels than a tile holds, and not a multiple
+        case(1, 33, 12, groups=4, dtype="float32", silu=False),
+    ),
+    workloads=WORKLOADS,
+    flops=lambda case: 0,
+    tolerance={"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5},
+    budget=Budget(registers=64, shared_bytes=256),
+    examples={"x": off_centre},
+    alternatives={"eager": eager},
+)

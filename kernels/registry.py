@@ -1,0 +1,33 @@
+"""Every kernel by name. A new one is a file that holds `SPEC`, and its name here.
+
+Kernels import Triton and torch, so each is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from rt.errors import ConfigError, nearest
+from rt.extras import needs
+from rt.kernels.spec import KernelSpec
+
+NAMES = ("group_norm",)
+
+
+def spec(name: str) -> KernelSpec:
+    """The kernel of that name.
+
+    Raises:
+        ConfigError: When there is none.
+        BackendUnavailableError: When Triton or torch is missing.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"no kernel {name!r}{nearest(name, NAMES)}; kernels: {', '.join(NAMES)}")
+    with needs("gpu", "a GPU kernel"):
+        found: KernelSpec = importlib.import_module(f"rt.kernels.{name}").SPEC
+    return found
+
+
+def specs() -> dict[str, KernelSpec]:
+    """All of them, by name."""
+    return {name: spec(name) for name in NAMES}

@@ -1,0 +1,78 @@
+"""An engine of a device seen from the host, and one of the host seen from a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from rt.backends.base import Array, DeviceEngine, Engine
+from rt.cuda import Device, DeviceArray, Stream
+from rt.cuda.formats import decode, encode, storage
+from rt.cuda.host import HostDevice
+
+
+class HostSide:
+    """A `DeviceEngine` as an `Engine`: what runs once a prompt or once a schedule may wait for its copies.
+
+    Floats are float32 here, whatever the engine takes and gives.
+
+    Attributes:
+        engine: The engine itself.
+    """
+
+    def __init__(self, engine: DeviceEngine, device: Device, stream: Stream) -> None:
+        self.engine = engine
+        self._device, self._stream = device, stream
+        self.inputs = {name: _floats(array) for name, array in engine.inputs.items()}
+        self.outputs = {name: _floats(array) for name, array in engine.outputs.items()}
+        self._staged = {
+            name: device.pinned(array.shape, array.dtype)
+            for name, array in (engine.inputs | engine.outputs).items()
+        }
+
+    def enqueue(self) -> None:
+        """Upload the inputs, run once, download the outputs, wait."""
+        engine, device, stream = self.engine, self._device, self._stream
+        for name, array in engine.inputs.items():
+            np.copyto(self._staged[name], encode(self.inputs[name], array.dtype))
+            device.upload(array, self._staged[name], stream)
+        engine.enqueue(stream)
+        for name, array in engine.outputs.items():
+            device.download(self._staged[name], array, stream)
+        device.synchronise(stream)
+        for name, array in engine.outputs.items():
+            np.copyto(self.outputs[name], decode(self._staged[name], array.dtype))
+
+    def close(self) -> None:
+        """Close the engine, too."""
+        for array in self._staged.values():
+            self._device.unpin(array)
+        self._staged.clear()
+        self.engine.close()
+
+
+class DeviceSide:
+    """An `Engine` of the host as a `DeviceEngine` of a `HostDevice`: the same arrays, run in the order of a stream."""
+
+    def __init__(self, name: str, engine: Engine, device: HostDevice) -> None:
+        self._name, self._engine, self._device = name, engine, device
+        self.inputs = self._adopt(engine.inputs)
+        self.outputs = self._adopt(engine.outputs)
+
+    def enqueue(self, stream: Stream) -> None:
+        """Run once, when the stream comes to it."""
+        self._device.run(self._name, self._engine.enqueue, stream)
+
+    def close(self) -> None:
+        """The memory stays with the engine; the device no longer knows it."""
+        for array in (*self.inputs.values(), *self.outputs.values()):
+            self._device.disown(array)
+
+    def _adopt(self, arrays: Mapping[str, Array]) -> dict[str, DeviceArray]:
+        return {name: self._device.adopt(array, array.dtype.name) for name, array in arrays.items()}
+
+
+def _floats(array: DeviceArray) -> Array:
+    wide = array.dtype in ("float16", "bfloat16")
+    return np.zeros(array.shape, np.float32 if wide else storage(array.dtype))

@@ -1,0 +1,116 @@
+"""Compiled kernels: picks the one that fits sizes, formats and GPU, and loads each cubin at most once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rt.cuda.device import Device, Kernel
+from rt.errors import BackendError, BackendUnavailableError, IntegrityError
+from rt.kernel_image import KernelImage
+
+Constant = int | float | bool | str
+
+
+class KernelLibrary:
+    """The kernels of one folder on one device.
+
+    Args:
+        device: Where they run.
+        images: What there is, for any GPU.
+        folder: That `KernelImage.file` is relative to.
+    """
+
+    def __init__(self, device: Device, images: Iterable[KernelImage], folder: Path) -> None:
+        self._device, self._folder = device, folder
+        self._images = tuple(images)
+        self._loaded: dict[str, Kernel] = {}
+
+    @classmethod
+    def open(cls, device: Device, path: Path) -> KernelLibrary:
+        """Of the list at `path`, JSON with a `KernelImage` an entry.
+
+        Raises:
+            BackendUnavailableError: There is no such list.
+            IntegrityError: It is not one.
+        """
+        try:
+            entries = json.loads(path.read_text())
+            images = [KernelImage.from_json(entry) for entry in entries]
+        except FileNotFoundError:
+            raise BackendUnavailableError(
+                f"{path} is not there: this installation has no GPU kernels; compile them with python -m rt.kernels"
+            ) from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise IntegrityError(
+                f"{path} is no list of kernels ({type(error).__name__}: {error}); compile them again"
+            ) from None
+        return cls(device, images, path.parent)
+
+    def get(
+        self,
+        kernel: str,
+        *,
+        dtypes: Mapping[str, str],
+        sizes: Mapping[str, int],
+        constants: Mapping[str, Constant] | None = None,
+    ) -> Kernel:
+        """The kernel that was compiled for these, loaded if need be; the newest architecture that the GPU executes.
+
+        Args:
+            kernel: Name of the op.
+            dtypes: Argument to format, for those that come in more than one.
+            sizes: Of the launch; those that were fixed must be equal.
+            constants: Attributes that it must have been compiled with.
+
+        Raises:
+            BackendError: None was, with what there is; or the driver refuses the cubin.
+            IntegrityError: Its file is missing.
+        """
+        named = [image for image in self._images if image.kernel == kernel]
+        if not named:
+            known = ", ".join(sorted({image.kernel for image in self._images})) or "none"
+            raise BackendError(
+                f"there is no compiled kernel {kernel}; there are: {known}. Compile the kernels again"
+            )
+        fitting = [
+            image
+            for image in named
+            if all(sizes.get(name, fixed) == fixed for name, fixed in image.sizes.items())
+            and all(image.constants.get(name) == value for name, value in (constants or {}).items())
+            and dtypes.items() <= _dtypes(image).items()
+        ]
+        if not fitting:
+            wanted = _describe({**dtypes, **sizes, **(constants or {})})
+            there = "; ".join(sorted({image.name for image in named}))
+            raise BackendError(
+                f"{kernel} was not compiled for {wanted}; there are: {there}. Add it and compile again"
+            )
+        runs = [image for image in fitting if image.runs_on(self._device.capability)]
+        if not runs:
+            there = ", ".join(str(each) for each in sorted({image.capability for image in fitting}))
+            raise BackendError(
+                f"{kernel} was compiled for compute capability {there}, and {self._device.name} has "
+                f"{self._device.capability}; compile the kernels for it"
+            )
+        return self._load(max(runs, key=lambda image: image.capability))
+
+    def _load(self, image: KernelImage) -> Kernel:
+        if image.name not in self._loaded:
+            try:
+                cubin = (self._folder / image.file).read_bytes()
+            except FileNotFoundError:
+                raise IntegrityError(
+                    f"{self._folder / image.file} is missing, the code of {image.name}; compile the kernels again"
+                ) from None
+            self._loaded[image.name] = self._device.load(image, cubin)
+        return self._loaded[image.name]
+
+
+def _dtypes(image: KernelImage) -> dict[str, str]:
+    return {argument.name: argument.dtype for argument in (*image.inputs, *image.outputs)}
+
+
+def _describe(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
