@@ -86,7 +86,9 @@ def compile_case(spec: KernelSpec, case: Case, capability: int) -> Compiled:
         "ptx_version": PTX_VERSION,
         "enable_fp_fusion": True,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True  # which says in what folder the sources lay
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise BuildError(f"{spec.name} for {case} needs scratch memory, which no launcher of ours provides")

@@ -16,6 +16,8 @@ Wu and He, "Group Normalization", https://arxiv.org/abs/1803.08494.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -67,8 +69,7 @@ def group_norm(
         valid = (first + pixel < pixels)[:, None] & inside[None, :]
         value = tl.load(x + start + first * channels + offset, valid, 0.0).to(tl.float32) + added
         mean, m2 = welford.accumulate(value, mean, m2, first // BLOCK + 1.0, valid)
-    seen = ((pixels - pixel + BLOCK - 1) // BLOCK).to(tl.float32)  # by each lane; 0 for a lane past the end
-    mean, m2 = welford.merge(mean, m2, seen[:, None], 0)
+    mean, m2 = welford.merge(mean, m2, welford.seen(pixels, pixel, BLOCK)[:, None], 0)
     mean, m2 = welford.merge(mean, m2, tl.where(inside, pixels, 0).to(tl.float32), 0)
 
     factor = tl.load(scale + channel, inside, 0.0)[None, :] * tl.rsqrt(m2 / (pixels * width) + eps)
@@ -122,31 +123,31 @@ def eager(
     return (F.silu(y) if silu else y).movedim(1, -1)
 
 
-def unet_levels(side: int, levels: dict[int, tuple[int, ...]], attention: int) -> dict[str, Case]:
+CHANNELS = {1: (320, 640, 960), 2: (640, 320, 960, 1280, 1920), 4: (1280, 640, 1920, 2560), 8: (1280, 2560)}
+"""How often the latent's sides are divided, to the channels that meet a norm there in the U-Nets of SD and SDXL."""
+
+
+def unet_norms(model: str, side: int, levels: Sequence[int], attention: Sequence[int]) -> dict[str, Case]:
     """The norms of a U-Net under guidance: those of residual blocks with SiLU, those before attention without.
 
     Args:
+        model: Its name in the names of the cases.
         side: Of the latent.
-        levels: How often it is halved to the channels that meet a norm there; the first is that of attention.
-        attention: The first level with attention.
+        levels: What its sides are divided by.
+        attention: The levels with attention, which has the level's first number of channels.
     """
     found = {}
-    for halved, widths in levels.items():
-        own = side >> halved
-        for channels in widths:
-            found[f"{own}x{own}x{channels}"] = case(2, own * own, channels)
-        if halved >= attention:
-            found[f"{own}x{own}x{widths[0]} plain"] = case(2, own * own, widths[0], eps=1e-6, silu=False)
+    for level in levels:
+        own = side // level
+        for channels in CHANNELS[level]:
+            found[f"{model} {own}x{own}x{channels}"] = case(2, own * own, channels)
+        if level in attention:
+            channels = CHANNELS[level][0]
+            found[f"{model} {own}x{own}x{channels} plain"] = case(
+                2, own * own, channels, eps=1e-6, silu=False
+            )
     return found
 
-
-SD = {0: (320, 640, 960), 1: (640, 320, 960, 1280, 1920), 2: (1280, 640, 1920, 2560), 3: (1280, 2560)}
-XL = {0: (320, 640, 960), 1: (640, 320, 960, 1280, 1920), 2: (1280, 640, 1920, 2560)}
-WORKLOADS = {
-    **{f"sd15 {name}": one for name, one in unet_levels(64, SD, 0).items()},
-    **{f"sd21 {name}": one for name, one in unet_levels(96, SD, 0).items()},
-    **{f"sdxl {name}": one for name, one in unet_levels(128, XL, 1).items()},
-}
 
 SPEC = KernelSpec(
     name="group_norm",
@@ -172,8 +173,11 @@ SPEC = KernelSpec(
         case(2, 1500, 20, groups=2),  # more pixels than a tile holds, and not a multiple
         case(1, 33, 12, groups=4, dtype="float32", silu=False),
     ),
-    workloads=WORKLOADS,
-    flops=lambda case: 0,
+    workloads={
+        **unet_norms("sd15", 64, (1, 2, 4, 8), (1, 2, 4, 8)),
+        **unet_norms("sd21", 96, (1, 2, 4, 8), (1, 2, 4, 8)),
+        **unet_norms("sdxl", 128, (1, 2, 4), (2, 4)),
+    },
     tolerance={"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5},
     budget=Budget(registers=64, shared_bytes=256),
     examples={"x": off_centre},

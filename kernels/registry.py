@@ -11,7 +11,14 @@ from rt.errors import ConfigError, nearest
 from rt.extras import needs
 from rt.kernels.spec import KernelSpec
 
-NAMES = ("group_norm",)
+NAMES = (
+    "geglu",
+    "geglu_linear",
+    "group_norm",
+    "group_normalize",
+    "group_statistics",
+    "layer_norm",
+)
 
 
 def spec(name: str) -> KernelSpec:

@@ -21,8 +21,14 @@ def accumulate(value, mean, m2, count, valid):
 
 
 @triton.jit
+def seen(total, lane, step):
+    """How many of `total` values each lane has met that takes every `step`-th; 0 for one that starts past the end."""
+    return ((total - lane + step - 1) // step).to(tl.float32)
+
+
+@triton.jit
 def merge(mean, m2, count, axis: tl.constexpr):
-    """The lanes along `axis`, each over `count` values, 0 for none, as one lane: its mean and m2."""
-    whole = tl.sum(mean * count, axis) / tl.sum(count, axis)
+    """The lanes along `axis`, each over `count` values, as one lane: its mean and m2. Lanes of 0 values have m2 = 0."""
+    whole = tl.sum(mean * count, axis) / tl.maximum(tl.sum(count, axis), 1.0)
     apart = mean - tl.expand_dims(whole, axis)
     return whole, tl.sum(m2 + count * apart * apart, axis)
