@@ -41,7 +41,8 @@ def feed(state, position, scale, elements, out, broken, BLOCK: tl.constexpr):
     x = state + row.to(tl.int64) * ((RING_X + RING_H) * elements) + i % RING_X * elements
     y = (tl.load(scale + row) * tl.load(x + at, inside, 0.0)).to(out.dtype.element_ty)
     tl.store(out + row * elements + at, y, inside)
-    wrong = tl.max((~(tl.abs(y.to(tl.float32)) < float("inf"))).to(tl.int32), 0) > 0
+    finite = tl.abs(y.to(tl.float32)) < float("inf")
+    wrong = tl.min(finite.to(tl.int32), 0) == 0
     tl.store(broken + row, i + 1, wrong & (tl.load(broken + row) == 0))
 
 

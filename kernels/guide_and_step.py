@@ -123,19 +123,21 @@ def guide_and_step(
         # What has no weight is not read: it may be left over from another run, and noise may never have been drawn.
         n = tl.load(c + N)
         z = noise + (row.to(tl.int64) * draws + i % draws) * elements + at
-        new_x = n * tl.load(z, inside & (n != 0), 0.0)
+        new_x = n * tl.load(z, at < tl.where(n != 0, elements, 0), 0.0)
         for k in tl.static_range(RING_X):
             weight = tl.load(c + WEIGHTS + k)
-            new_x += weight * tl.load(x + k * elements, inside & (weight != 0), 0.0)
+            new_x += weight * tl.load(x + k * elements, at < tl.where(weight != 0, elements, 0), 0.0)
         for k in tl.static_range(RING_H):
             weight = tl.load(c + WEIGHTS + RING_X + k)
-            old_h = tl.load(h + k * elements, inside & (weight != 0) & (i % RING_H != k), 0.0)
-            new_x += weight * tl.where(i % RING_H == k, new_h, old_h)
+            is_new = i % RING_H == k
+            needed = tl.where(is_new, 0, tl.where(weight != 0, elements, 0))
+            new_x += weight * tl.where(is_new, new_h, tl.load(h + k * elements, at < needed, 0.0))
         tl.store(x + (i + 1) % RING_X * elements, new_x, inside)
         tl.store(latents + row * elements + at, (tl.load(c + FEED) * new_x).to(latents.dtype.element_ty), inside)
 
         # All programs of a row that find fault write the same number, so their order does not matter.
-        wrong = tl.max((inside & ~(tl.abs(new_x) < float("inf"))).to(tl.int32), 0) > 0
+        finite = (tl.abs(new_x) < float("inf")) | (at >= elements)
+        wrong = tl.min(finite.to(tl.int32), 0) == 0
         tl.store(broken + row, i + 1, wrong & (tl.load(broken + row) == 0))
 
 
@@ -145,8 +147,8 @@ def config(case: Case) -> Config:
 
 
 def places(case: Case, generator: torch.Generator) -> Tensor:
-    """A position a row, some at the end."""
-    return torch.arange(case.sizes["rows"], dtype=torch.int32) * 2 % (case.sizes["steps"] + 1)
+    """A position a row, from 1; some are at the end."""
+    return (torch.arange(case.sizes["rows"], dtype=torch.int32) * 2 + 1) % (case.sizes["steps"] + 1)
 
 
 def lengths(case: Case, generator: torch.Generator) -> Tensor:

@@ -12,12 +12,19 @@ from rt.extras import needs
 from rt.kernels.spec import KernelSpec
 
 NAMES = (
+    "attention",
+    "feed",
     "geglu",
     "geglu_linear",
     "group_norm",
     "group_normalize",
     "group_statistics",
+    "guidance_rescale",
+    "guide_and_step",
     "layer_norm",
+    "philox",
+    "select_rows",
+    "to_pixels",
 )
 
 

@@ -43,8 +43,8 @@ def to_pixels(x, elements, pixels, broken, BLOCK: tl.constexpr):
     y = tl.minimum(tl.maximum(y, 0.0), 255.0)
     y = (y + TO_INTEGER) - TO_INTEGER
     tl.store(pixels + start + at, y.to(tl.int32).to(tl.uint8), inside)
-    wrong = tl.max((~finite).to(tl.int32), 0)
-    tl.store(broken + picture, 1, wrong > 0)
+    wrong = tl.min(finite.to(tl.int32), 0) == 0
+    tl.store(broken + picture, 1, wrong)
 
 
 def config(case: Case) -> Config:
