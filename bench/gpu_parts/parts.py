@@ -20,8 +20,11 @@ TITLES = {
 
 PARTS = (
     Part(name="ceilings", title="What the machine can do", minutes=0.5, module="ceilings"),
+    Part(name="kernels", title="Kernels", minutes=5.0, module="kernels"),
+    Part(name="payloads", title="Plugin payloads", minutes=1.0, module="payloads"),
     _model("sd15", 5.0),
     _model("sdxl", 7.0),
     _model("sdxl-turbo", 5.0),
     _model("sd21", 4.0),
+    Part(name="fp8", title="Linear layers in fp8", minutes=0.5, module="fp8"),
 )
