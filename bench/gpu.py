@@ -30,7 +30,9 @@ from rt.errors import RtError
 
 @click.command()
 @click.option("--only", multiple=True, metavar="PART", help="This part; may be repeated.")
-@click.option("--resume", is_flag=True, help="Go on with the newest record of this GPU; what is done is kept.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the newest record of this GPU; what is done is kept."
+)
 @click.option("--dry", is_flag=True, help="At tiny size on the CPU; writes nothing unless --out is given.")
 @click.option(
     "--minutes",
@@ -39,7 +41,9 @@ from rt.errors import RtError
     show_default=True,
     help="A part that would not fit any more is skipped.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the record.  [default: bench/results]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the record.  [default: bench/results]"
+)
 @click.option(
     "--scratch",
     type=click.Path(path_type=Path),
@@ -73,5 +77,7 @@ def command(
 
 if __name__ == "__main__":
     # Python puts the folder of a script first, where `markdown` or `record` would stand for any package of that name.
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+    sys.path[:] = [
+        path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent
+    ]
     command()

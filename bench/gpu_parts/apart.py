@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -65,7 +66,9 @@ def apart(
         process.join()
 
 
-def _work(connection: Connection, work: Callable[[Context], Iterator[Any]], context: Context, log: Path) -> None:
+def _work(
+    connection: Connection, work: Callable[[Context], Iterator[Any]], context: Context, log: Path
+) -> None:
     """In the new process, the leader of a group of its own so that compilers' workers end with it."""
     os.setsid()
     with log.open("w") as output:
@@ -98,7 +101,5 @@ def _environment(context: Context) -> dict[str, str]:
 def _end_group(pid: int | None) -> None:
     """The processes of a group, if there are any left."""
     if pid is not None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass

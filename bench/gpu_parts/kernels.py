@@ -98,7 +98,7 @@ def _workload(place: Place, spec: KernelSpec, name: str, seed: int, *, compiled:
     }
     return {
         "kernel": spec.name,
-        "workload": name,
+        "workload": name if name in spec.workloads else "smallest case",
         "case": str(case),
         "error": error,
         "tolerance": tolerance,
@@ -149,7 +149,11 @@ def _alternatives(spec: KernelSpec, *, compiled: bool) -> dict[str, Callable[...
     found = dict(spec.alternatives)
     first = next(iter(spec.alternatives.values()), None)
     if first is not None and spec.name == "attention":
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        for backend in (
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+        ):
             found[f"torch {backend.name.split('_')[0].lower()}"] = _under(backend, first)
     elif first is not None and compiled:
         found["torch.compile"] = torch.compile(first, dynamic=False, mode="max-autotune-no-cudagraphs")

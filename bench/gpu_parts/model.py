@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rt.bench.bundle import PROMPT
 from rt.bench.gpu_parts.place import Place
+from rt.bench.gpu_parts.settings import GUIDANCE_SCALE, Setting
 from rt.export.architectures import ARCHITECTURES, Architecture, clip, unet, vae
 from rt.export.checkpoint import Checkpoint, Kind
 from rt.export.facts import FOLDERS, read_spec
@@ -24,16 +25,16 @@ from rt.shapes import ShapeProfile
 
 Float32 = NDArray[np.float32]
 
-UNET, VAE, PICTURE = "unet", "vae", "picture"
-GUIDANCE_SCALE = 7.5
-
 _TEXT = (
     clip(32, 2, 4, act="quick_gelu", vocab=514),
     clip(32, 2, 4, act="gelu", vocab=514, projection=32),
 )
 TINY = {
     Family.SD1: Architecture(
-        Family.SD1, unet((32, 64), 32, 32, 2, depths=(1, 0), layers_per_block=1), vae((32, 32), 64, layers=1), _TEXT[:1]
+        Family.SD1,
+        unet((32, 64), 32, 32, 2, depths=(1, 0), layers_per_block=1),
+        vae((32, 32), 64, layers=1),
+        _TEXT[:1],
     ),
     Family.SDXL: Architecture(
         Family.SDXL,
@@ -54,73 +55,6 @@ TINY = {
     ),
 }
 """What a dry run has in place of the models: the same operators, few of them, with few channels."""
-
-_DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
-_TRAILING = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One model at one size, batch 1.
-
-    Attributes:
-        name: For people and `--only`.
-        architecture: Of `rt.export.architectures`.
-        side: Of the picture, in pixels.
-        guided: Whether by classifier-free guidance, which makes two rows of each.
-        steps: Of the pictures that are timed.
-        sampler: What differs from the scheduler of the architecture.
-        bars_ms: Measure to the most that ours may take on an H100.
-    """
-
-    name: str
-    architecture: str
-    side: int
-    guided: bool
-    steps: tuple[int, ...]
-    sampler: Mapping[str, Any]
-    bars_ms: Mapping[str, float]
-
-    def tiny(self) -> Setting:
-        """The same at a size for a dry run."""
-        return replace(self, side=32, steps=tuple(min(2, steps) for steps in self.steps[:1]))
-
-
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting(
-            name="sd15",
-            architecture="sd15",
-            side=512,
-            guided=True,
-            steps=(20,),
-            sampler=_DDIM,
-            bars_ms={UNET: 4.0},
-        ),
-        Setting(
-            name="sd21", architecture="sd21", side=768, guided=True, steps=(20,), sampler=_DDIM, bars_ms={}
-        ),
-        Setting(
-            name="sdxl",
-            architecture="sdxl",
-            side=1024,
-            guided=True,
-            steps=(20,),
-            sampler={},
-            bars_ms={UNET: 34.0, VAE: 25.0},
-        ),
-        Setting(
-            name="sdxl-turbo",
-            architecture="sdxl",
-            side=512,
-            guided=False,
-            steps=(1, 4),
-            sampler=_TRAILING,
-            bars_ms={f"{PICTURE} 4": 35.0},
-        ),
-    )
-}
 
 
 class Peer(Protocol):

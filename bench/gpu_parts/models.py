@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rt.bench.gpu_parts.compiled import Compiled
 from rt.bench.gpu_parts.eager import Eager
-from rt.bench.gpu_parts.model import PICTURE, SETTINGS, UNET, VAE, Model, Peer
+from rt.bench.gpu_parts.model import Model, Peer
 from rt.bench.gpu_parts.part import Context, Figures
 from rt.bench.gpu_parts.place import Place, find, relative_error
+from rt.bench.gpu_parts.settings import PICTURE, SETTINGS, UNET, VAE
 from rt.bench.timing import Samples, interleave
 
 CANDIDATES: tuple[Callable[[Model], Peer], ...] = (Eager, Compiled)

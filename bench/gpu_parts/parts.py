@@ -6,9 +6,7 @@ from rt.bench.gpu_parts.part import Part
 
 
 def _model(name: str, minutes: float) -> Part:
-    return Part(
-        name=name, title=TITLES[name], minutes=minutes, module="models", arguments={"setting": name}
-    )
+    return Part(name=name, title=TITLES[name], minutes=minutes, module="models", arguments={"setting": name})
 
 
 TITLES = {

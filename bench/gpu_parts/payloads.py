@@ -68,7 +68,12 @@ def _chosen(spec: KernelSpec, *, dry: bool) -> list[Case]:
 
 
 def _launch(
-    device: Device, image: KernelImage, cubin: bytes, spec: KernelSpec, case: Case, drawn: Mapping[str, Tensor]
+    device: Device,
+    image: KernelImage,
+    cubin: bytes,
+    spec: KernelSpec,
+    case: Case,
+    drawn: Mapping[str, Tensor],
 ) -> list[Tensor]:
     """What the kernel writes, as `spec.outputs` has it."""
     stream = device.create_stream()
@@ -80,9 +85,7 @@ def _launch(
         host[...] = _bits(drawn.get(argument.name), shape, dtype)
         arrays[argument.name] = device.allocate(shape, dtype)
         device.upload(arrays[argument.name], host, stream)
-    inputs, outputs = (
-        [arrays[argument.name] for argument in group] for group in (spec.inputs, spec.outputs)
-    )
+    inputs, outputs = ([arrays[argument.name] for argument in group] for group in (spec.inputs, spec.outputs))
     device.load(image, cubin).launch(stream, case.sizes, inputs, outputs)
     for argument in spec.outputs:
         device.download(pinned[argument.name], arrays[argument.name], stream)

@@ -137,7 +137,9 @@ def find(context: Context) -> Place:
         torch.set_num_threads(1)  # what there is to do is too little to share
         return Place(torch.device("cpu"))
     if not torch.cuda.is_available():
-        raise BackendUnavailableError("torch sees no GPU; go to a machine with one, or see that all runs with --dry")
+        raise BackendUnavailableError(
+            "torch sees no GPU; go to a machine with one, or see that all runs with --dry"
+        )
     return Place(torch.device("cuda"))
 
 

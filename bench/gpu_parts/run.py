@@ -60,7 +60,9 @@ def run_parts(
             continue
         left = (deadline - time.monotonic()) / 60
         if part.minutes > left:
-            reason = f"needs about {part.minutes:g} minutes, {max(left, 0):.1f} are left; run again with --resume"
+            reason = (
+                f"needs about {part.minutes:g} minutes, {max(left, 0):.1f} are left; run again with --resume"
+            )
             run = _ended(run, part, Status.SKIPPED, reason)
         else:
             run = _run(part, context, run, limit=min(left, max(2 * part.minutes, _LEAST_MINUTES)), keep=keep)
@@ -105,4 +107,3 @@ def _ended(
             figures=figures or {},
         ),
     )
-
