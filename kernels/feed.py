@@ -5,9 +5,9 @@
     state (rows, RING_X + RING_H, elements) and its rings as in `guide_and_step`, position (rows,), scale (rows,)
     → out (rows, elements) in T, broken (rows,)
 
-Before the first step scale is c_in of that step and position 0; before decoding it is the reciprocal of the autoencoder's
-scaling factor. `position` is the counter that was written last, that is `upcoming`. Where a result is NaN or Inf, in T,
-and `broken` is 0, it becomes position + 1.
+A row whose scale is 0 is left alone. When a row joins a loop its scale is c_in of its first step, and that of the others
+0; before decoding it is the reciprocal of the autoencoder's scaling factor. `position` is the counter that was written
+last, that is `upcoming`. Where a result is NaN or Inf, in T, and `broken` is 0, it becomes position + 1.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from rt.kernels.guide_and_step import RING_H, RING_X
 from rt.kernels.spec import Budget, Case, Config, KernelSpec
 
 
-def reference(state: Tensor, position: Tensor, scale: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
-    """In torch; what would be Inf in T alone is for a test of its own."""
+def reference(state: Tensor, position: Tensor, scale: Tensor, out: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
+    """In torch; nothing here is Inf in T alone."""
     x = state[torch.arange(len(state)), (position % RING_X.value).long()]
-    out = scale[:, None] * x
-    wrong = ~out.isfinite().all(1) & (broken == 0)
-    return out, torch.where(wrong, position + 1, broken)
+    y = torch.where(scale[:, None] == 0, out, scale[:, None] * x)
+    wrong = ~y.isfinite().all(1) & (broken == 0)
+    return y, torch.where(wrong, position + 1, broken)
 
 
 @triton.jit
 def feed(state, position, scale, elements, out, broken, BLOCK: tl.constexpr):
     """In Triton: a program for `BLOCK` elements of a row."""
     row = tl.program_id(1)
-    i = tl.load(position + row)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
-    x = state + row.to(tl.int64) * ((RING_X + RING_H) * elements) + i % RING_X * elements
-    y = (tl.load(scale + row) * tl.load(x + at, inside, 0.0)).to(out.dtype.element_ty)
-    tl.store(out + row * elements + at, y, inside)
-    finite = tl.abs(y.to(tl.float32)) < float("inf")
-    wrong = tl.min(finite.to(tl.int32), 0) == 0
-    tl.store(broken + row, i + 1, wrong & (tl.load(broken + row) == 0))
+    factor = tl.load(scale + row)
+    if factor != 0:
+        i = tl.load(position + row)
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < elements
+        x = state + row.to(tl.int64) * ((RING_X + RING_H) * elements) + i % RING_X * elements
+        y = (factor * tl.load(x + at, inside, 0.0)).to(out.dtype.element_ty)
+        tl.store(out + row * elements + at, y, inside)
+        finite = tl.abs(y.to(tl.float32)) < float("inf")
+        wrong = tl.min(finite.to(tl.int32), 0) == 0
+        tl.store(broken + row, i + 1, wrong & (tl.load(broken + row) == 0))
 
 
 def config(case: Case) -> Config:
@@ -54,6 +56,14 @@ def config(case: Case) -> Config:
 def places(case: Case, generator: torch.Generator) -> Tensor:
     """Every place of the ring."""
     return torch.arange(case.sizes["rows"], dtype=torch.int32)
+
+
+def scales(case: Case, generator: torch.Generator) -> Tensor:
+    """Any values, 0 for the last of several rows."""
+    scale = torch.randn(case.sizes["rows"], generator=generator)
+    if len(scale) > 1:
+        scale[-1] = 0.0
+    return scale
 
 
 def case(rows: int, elements: int, *, dtype: str = "float16") -> Case:
@@ -76,7 +86,7 @@ SPEC = KernelSpec(
         TensorArgument(name="out", shape=("rows", "elements"), dtype="T"),
         TensorArgument(name="broken", shape=("rows",), dtype="int32"),
     ),
-    inplace=frozenset({"broken"}),
+    inplace=frozenset({"out", "broken"}),
     config=config,
     grid=("cdiv(elements, BLOCK)", "rows"),
     reference=reference,
@@ -84,5 +94,5 @@ SPEC = KernelSpec(
     workloads={"sd15 512": case(1, 4 * 64 * 64), "sdxl 1024": case(1, 4 * 128 * 128)},
     tolerance={"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6},
     budget=Budget(registers=32, shared_bytes=64),
-    examples={"position": places, "broken": guide_and_step.intact},
+    examples={"position": places, "scale": scales, "broken": guide_and_step.intact},
 )

@@ -11,10 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from rt.errors import ConfigError
 from rt.expression import evaluate
+from rt.kernels import interpreter
 from rt.kernels.spec import Case, KernelSpec
+
+if knobs.runtime.interpret:
+    interpreter.repair()
 
 GUARD = 512
 """Bytes before and after each tensor, a multiple of the 16 that kernels may rely on."""
