@@ -38,7 +38,9 @@ def reference(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> tuple
 
 
 @triton.jit
-def _load(x, rows, columns, stride, end, width: tl.constexpr, CHECK_ROWS: tl.constexpr, CHECK_COLUMNS: tl.constexpr):
+def _load(
+    x, rows, columns, stride, end, width: tl.constexpr, CHECK_ROWS: tl.constexpr, CHECK_COLUMNS: tl.constexpr
+):
     """A tile of a matrix (end, width), zeros outside; what cannot be outside is not checked."""
     at = x + rows[:, None] * stride + columns[None, :]
     inside_row, inside_column = rows[:, None] < end, columns[None, :] < width

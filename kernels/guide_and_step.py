@@ -133,7 +133,9 @@ def guide_and_step(
             needed = tl.where(is_new, 0, tl.where(weight != 0, elements, 0))
             new_x += weight * tl.where(is_new, new_h, tl.load(h + k * elements, at < needed, 0.0))
         tl.store(x + (i + 1) % RING_X * elements, new_x, inside)
-        tl.store(latents + row * elements + at, (tl.load(c + FEED) * new_x).to(latents.dtype.element_ty), inside)
+        tl.store(
+            latents + row * elements + at, (tl.load(c + FEED) * new_x).to(latents.dtype.element_ty), inside
+        )
 
         # All programs of a row that find fault write the same number, so their order does not matter.
         finite = (tl.abs(new_x) < float("inf")) | (at >= elements)
@@ -176,7 +178,9 @@ def intact(case: Case, generator: torch.Generator) -> Tensor:
     return broken
 
 
-def case(rows: int, sides: int, elements: int, *, steps: int = 7, draws: int = 2, dtype: str = "float16") -> Case:
+def case(
+    rows: int, sides: int, elements: int, *, steps: int = 7, draws: int = 2, dtype: str = "float16"
+) -> Case:
     """Sizes by name."""
     sizes = {"rows": rows, "sides": sides, "steps": steps, "draws": draws, "elements": elements}
     return Case(sizes=sizes, dtype=dtype)

@@ -49,6 +49,8 @@ LEVELS = (
     "step",
     "plan",
     "session",
+    "device_loop",
+    "device_session",
     "verify",
     "arguments",
     "pipeline",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,25 +13,13 @@ import pytest
 from rt.cuda.host import HostDevice
 from rt.kernel_image import KernelImage, TensorArgument
 
-
-def _load_fake() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fake_driver", Path(__file__).with_name("fake_driver.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def fake_driver() -> ModuleType:
-    """The module `fake_driver`, which importlib mode does not let a test import."""
-    return _load_fake()
+from .fake_driver import FakeDriver
 
 
 @pytest.fixture
-def driver(fake_driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """A fresh fake in the place of `cuda.bindings.driver`."""
-    made = fake_driver.FakeDriver()
+    made = FakeDriver()
     for name in ("cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", made)

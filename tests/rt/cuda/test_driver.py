@@ -14,6 +14,8 @@ from rt.cuda import DeviceArray, capture
 from rt.cuda.driver import CudaDevice
 from rt.errors import BackendError, BackendUnavailableError
 
+from .fake_driver import ENUMS, SIGNATURES, CUresult
+
 
 @pytest.fixture
 def gpu(driver):
@@ -22,10 +24,10 @@ def gpu(driver):
     return made
 
 
-def test_the_fake_has_the_signatures_of_the_real_module(fake_driver):
+def test_the_fake_has_the_signatures_of_the_real_module():
     """Parameters by name and in order, and the enums' values; the module imports without a driver."""
     real = pytest.importorskip("cuda.bindings.driver")
-    for name, parameters in fake_driver.SIGNATURES.items():
+    for name, parameters in SIGNATURES.items():
         head = getattr(real, name).__doc__.partition("\n")[0]
         text = re.fullmatch(rf"{name}\((.*)\)", head)[1]
         text = re.sub(
@@ -35,7 +37,7 @@ def test_the_fake_has_the_signatures_of_the_real_module(fake_driver):
             re.split(r"[ :]", part.partition(":")[0].strip())[-1] for part in text.split(",") if part
         ]
         assert [each.removeprefix("*") for each in real_names] == [*parameters], head
-    for enum in fake_driver.ENUMS:
+    for enum in ENUMS:
         for member in enum:
             assert int(getattr(getattr(real, enum.__name__), member.name)) == member
 
@@ -144,30 +146,30 @@ def test_graphs(gpu, driver):
     assert len(driver.named("cuGraphExecDestroy")) == len(driver.named("cuGraphDestroy")) == 2
 
 
-def test_a_capture_that_the_driver_broke_off_keeps_the_first_error(gpu, driver, fake_driver):
+def test_a_capture_that_the_driver_broke_off_keeps_the_first_error(gpu, driver):
     stream, array = gpu.create_stream(), gpu.allocate((1,), "float32")
     for name in ("cuMemsetD8Async", "cuStreamEndCapture"):
-        driver.failing[name] = fake_driver.CUresult.CUDA_ERROR_INVALID_VALUE
+        driver.failing[name] = CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(BackendError, match="cuMemsetD8Async failed"):
         capture(gpu, stream, lambda: gpu.clear(array, stream))
 
 
-def test_errors_have_the_drivers_name_and_text(gpu, driver, fake_driver, make_image):
-    driver.failing["cuStreamSynchronize"] = fake_driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+def test_errors_have_the_drivers_name_and_text(gpu, driver, make_image):
+    driver.failing["cuStreamSynchronize"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(
         BackendError, match=r"^cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS: a text of the driver$"
     ):
         gpu.synchronise(gpu.create_stream())
-    driver.failing["cuModuleLoadData"] = fake_driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
+    driver.failing["cuModuleLoadData"] = CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
     with pytest.raises(
         BackendError, match=r"^loading kernel scale_float32_sm90 failed: CUDA_ERROR_NO_BINARY"
     ):
         gpu.load(make_image(), b"")
 
 
-def test_an_error_that_the_driver_cannot_name(gpu, driver, fake_driver, monkeypatch):
-    driver.failing["cuStreamSynchronize"] = fake_driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
-    unknown = lambda code: (fake_driver.CUresult.CUDA_ERROR_INVALID_VALUE, None)  # noqa: E731
+def test_an_error_that_the_driver_cannot_name(gpu, driver, monkeypatch):
+    driver.failing["cuStreamSynchronize"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    unknown = lambda code: (CUresult.CUDA_ERROR_INVALID_VALUE, None)  # noqa: E731
     monkeypatch.setattr(driver, "cuGetErrorName", unknown, raising=False)
     with pytest.raises(BackendError, match="error 700, which this driver has no name for"):
         gpu.synchronise(gpu.create_stream())
@@ -181,8 +183,8 @@ def test_an_error_that_the_driver_cannot_name(gpu, driver, fake_driver, monkeypa
         ("cuGraphInstantiate", "cuGraphInstantiate: memory of A GPU is full"),
     ],
 )
-def test_memory_that_is_full(gpu, driver, fake_driver, function, message):
-    driver.failing[function] = fake_driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+def test_memory_that_is_full(gpu, driver, function, message):
+    driver.failing[function] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
     work = {
         "cuMemAlloc": lambda: gpu.allocate((10,), "float32"),
         "cuMemHostAlloc": lambda: gpu.pinned((10,), "float32"),
@@ -192,12 +194,12 @@ def test_memory_that_is_full(gpu, driver, fake_driver, function, message):
         work()
 
 
-def test_no_gpu(driver, fake_driver, monkeypatch):
+def test_no_gpu(driver, monkeypatch):
     with pytest.raises(
         BackendUnavailableError, match="GPU 3 is not there; this process sees 1, counted from 0"
     ):
         CudaDevice(3)
-    driver.failing["cuInit"] = fake_driver.CUresult.CUDA_ERROR_NO_DEVICE
+    driver.failing["cuInit"] = CUresult.CUDA_ERROR_NO_DEVICE
     with pytest.raises(
         BackendUnavailableError, match="the NVIDIA driver does not start: CUDA_ERROR_NO_DEVICE: a text"
     ):
