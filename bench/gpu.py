@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -62,6 +63,7 @@ def command(
         gpu = find_gpu(context)
         found = newest(folder, gpu) if resume and folder else None
         run = found or Run(provenance=Provenance.now(), gpu=gpu, seed=context.seed)
+        context = replace(context, seed=run.seed)
 
         def keep(run: Run) -> None:
             if folder:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rt.bench.gpu_parts.model import Float32, Model
+from rt.bench.gpu_parts.model import Model
 from rt.export.trace import TextEncoder
 from rt.model import Component, Family
 
@@ -70,7 +72,7 @@ class Eager:
         return output
 
     @torch.no_grad()
-    def picture(self, steps: int) -> Float32:
+    def picture(self, steps: int) -> NDArray[np.uint8]:
         """See `Peer`."""
         tokens = self.model.inputs.tokens.values()
         given = [encoder(each) for encoder, each in zip(self._text, tokens, strict=True)]
@@ -82,16 +84,15 @@ class Eager:
             text["pooled_prompt_embeds"] = given[-1][1][-1:]
             if self.model.setting.guided:
                 text["negative_pooled_prompt_embeds"] = given[-1][1][:1]
-        images: list[Float32] = self.pipeline(
+        images = self.pipeline(
             **text,
             height=self.model.setting.side,
             width=self.model.setting.side,
             num_inference_steps=steps,
             guidance_scale=self.model.guidance_scale,
             latents=self._latents[:1].clone(),
-            output_type="np",
         ).images
-        return images[0]
+        return np.asarray(images[0])
 
     def _before(self) -> None:
         """Called before each evaluation of a network."""

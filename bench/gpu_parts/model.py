@@ -23,8 +23,6 @@ from rt.export.weights import build
 from rt.model import Component, Family
 from rt.shapes import ShapeProfile
 
-Float32 = NDArray[np.float32]
-
 _TEXT = (
     clip(32, 2, 4, act="quick_gelu", vocab=514),
     clip(32, 2, 4, act="gelu", vocab=514, projection=32),
@@ -68,8 +66,8 @@ class Peer(Protocol):
     def vae(self) -> Tensor:
         """Enqueue the decoding of one picture → (1, 3, H, W), in [-1, 1] up to overshoot."""
 
-    def picture(self, steps: int) -> Float32:
-        """Tokens to a picture (H, W, 3) in [0, 1] in the host's memory, ready on return."""
+    def picture(self, steps: int) -> NDArray[np.uint8]:
+        """Tokens to a picture (H, W, 3) in the host's memory, ready on return."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from rt.bench.gpu_parts.compiled import Compiled
 from rt.bench.gpu_parts.eager import Eager
 from rt.bench.gpu_parts.model import Model, Peer
+from rt.bench.gpu_parts.ours import Ours
 from rt.bench.gpu_parts.part import Context, Figures
 from rt.bench.gpu_parts.place import Place, find, relative_error
 from rt.bench.gpu_parts.settings import PICTURE, SETTINGS, UNET, VAE
+from rt.bench.gpu_parts.trace import observe
 from rt.bench.timing import Samples, interleave
 
-CANDIDATES: tuple[Callable[[Model], Peer], ...] = (Eager, Compiled)
-"""The dearest to prepare last: what the others showed is kept before it begins."""
 ROUNDS, PICTURES = 9, 5
 
 
@@ -40,12 +40,22 @@ def run(context: Context, setting: str) -> Iterator[Figures]:
     reference, work = _reference(model)
     peers: dict[str, Peer] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for load in CANDIDATES:
+    # The dearest to prepare last: what the others showed is kept before it begins.
+    candidates: Sequence[Callable[[], Peer]] = (
+        lambda: Eager(model),
+        lambda: Ours(model, context.scratch),
+        lambda: Compiled(model),
+    )
+    for load in candidates:
         peer, row = _ready(load, model, reference)
         peers[peer.name], rows[peer.name] = peer, row
         for measure, samples in _compare(peers, model).items():
             for name, each in samples.items():
                 rows[name].setdefault("measures", {})[measure] = each.to_json()
+        row["trace"] = observe(
+            lambda peer=peer: peer.picture(max(model.setting.steps)),  # type: ignore[misc]
+            context.scratch / "traces" / f"{setting}-{peer.name}.json",
+        )
         yield {
             "model": model.checkpoint.name,
             "side": model.setting.side,
@@ -61,7 +71,8 @@ def _reference(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Outputs in fp32 without tf32, and the FLOPs of products in each."""
     torch.backends.cudnn.allow_tf32 = False
     peer = Eager(model, torch.float32)
-    outputs, flops = {}, {}
+    outputs: dict[str, Tensor] = {}
+    flops: dict[str, int] = {}
     for measure, call in ((UNET, peer.unet), (VAE, peer.vae)):
         with FlopCounterMode(display=False) as counter:
             outputs[measure] = call().cpu()
@@ -70,14 +81,14 @@ def _reference(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 
 def _ready(
-    load: Callable[[Model], Peer], model: Model, reference: Mapping[str, Tensor]
+    load: Callable[[], Peer], model: Model, reference: Mapping[str, Tensor]
 ) -> tuple[Peer, dict[str, Any]]:
     """A candidate that has done everything once: seconds until then, memory it holds, errors."""
     gc.collect()
     if not model.place.dry:
         torch.cuda.empty_cache()
     before, started = model.place.used_gib(), time.perf_counter()
-    peer = load(model)
+    peer = load()
     errors = {}
     for measure, call in ((UNET, peer.unet), (VAE, peer.vae)):
         errors[measure] = relative_error(call().cpu(), reference[measure])

@@ -20,6 +20,7 @@ PARTS = (
     Part(name="ceilings", title="What the machine can do", minutes=0.5, module="ceilings"),
     Part(name="kernels", title="Kernels", minutes=5.0, module="kernels"),
     Part(name="payloads", title="Plugin payloads", minutes=1.0, module="payloads"),
+    Part(name="demo", title="The demo model against the CPU", minutes=1.5, module="demo"),
     _model("sd15", 5.0),
     _model("sdxl", 7.0),
     _model("sdxl-turbo", 5.0),

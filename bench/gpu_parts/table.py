@@ -43,7 +43,9 @@ class Section:
 
     def text(self) -> str:
         """For a terminal: columns beyond 80 characters follow below, with the names again."""
-        names, *others = ([_cut(cell) for cell in column] for column in zip(self.head, *self.rows, strict=True))
+        names, *others = (
+            [_cut(cell) for cell in column] for column in zip(self.head, *self.rows, strict=True)
+        )
         blocks = [[names]]
         for column in others:
             if sum(_width(each) + 2 for each in blocks[-1]) + _width(column) > WIDTH:
@@ -66,18 +68,22 @@ def text(run: Run) -> str:
 
 def render(records: Iterable[Record]) -> str:
     """Of each GPU the newest figures of each part, for the document."""
-    newest: dict[str, tuple[Gpu, dict[str, Outcome]]] = {}  # records come oldest first
-    for run in runs(records):
-        if not run.dry:
-            parts = newest.get(run.gpu.name, (run.gpu, {}))[1]
-            measured = {name: each for name, each in run.parts.items() if each.figures}
-            newest[run.gpu.name] = (run.gpu, parts | measured)
-    if not newest:
-        return "not measured yet"
-    return "\n\n".join(
+    found = [
         "\n\n".join([_heading(gpu, parts.values()), *(section.markdown() for section in sections(parts))])
-        for gpu, parts in newest.values()
-    )
+        for gpu, parts in newest_parts(records)
+    ]
+    return "\n\n".join(found) or "not measured yet"
+
+
+def newest_parts(records: Iterable[Record]) -> list[tuple[Gpu, dict[str, Outcome]]]:
+    """Each GPU of the records, which come oldest first, with the newest outcome of each part that has figures."""
+    found: dict[str, tuple[Gpu, dict[str, Outcome]]] = {}
+    for run in runs(records):
+        measured = {name: each for name, each in run.parts.items() if each.figures}
+        if not run.dry and measured:
+            older = found.get(run.gpu.name, (run.gpu, {}))[1]
+            found[run.gpu.name] = (run.gpu, older | measured)
+    return [*found.values()]
 
 
 def sections(parts: Mapping[str, Outcome]) -> Iterator[Section]:
@@ -122,9 +128,9 @@ def _kernels(figures: Figures, ceilings: Figures) -> Table:
     for name in dict.fromkeys(row["kernel"] for row in figures["workloads"]):
         mine = [row for row in figures["workloads"] if row["kernel"] == name]
         first = mine[0]
-        best, ratio = _best(first)
+        best, ratio = best_alternative(first)
         speed, share = _reach(first, ceilings)
-        ratios = [value for row in mine if (value := _best(row)[1]) is not None]
+        ratios = [value for row in mine if (value := best_alternative(row)[1]) is not None]
         rows.append(
             (
                 name,
@@ -145,7 +151,7 @@ def _kernels(figures: Figures, ceilings: Figures) -> Table:
     return head, rows, note + (f" Not timed: {len(figures['left_out'])}." if figures["left_out"] else "")
 
 
-def _best(row: Figures) -> tuple[str, float | None]:
+def best_alternative(row: Figures) -> tuple[str, float | None]:
     """The fastest alternative's time with its name, and how many times ours it takes."""
     others = {name: each["median_s"] for name, each in row["times"].items() if name != "ours"}
     if not others:
@@ -179,6 +185,20 @@ def _payloads(figures: Figures, ceilings: Figures) -> Table:
     return ("kernel", "right", "largest error", "registers"), rows, ""
 
 
+def _demo(figures: Figures, ceilings: Figures) -> Table:
+    rows = [
+        (
+            row["dtype"],
+            f"{row['pictures']}, {row['steps']} steps",
+            f"{row['levels']:.2f} of 255",
+            f"{row['psnr_db']:.1f} dB",
+            "yes" if row["passed"] else "NO",
+        )
+        for row in figures["pictures"]
+    ]
+    return ("format", "pictures", "largest difference", "least PSNR", "the same"), rows, ""
+
+
 def _model(figures: Figures, ceilings: Figures) -> Table:
     candidates = figures["candidates"]
     measures = [*dict.fromkeys(name for row in candidates.values() for name in row["measures"])]
@@ -191,25 +211,38 @@ def _model(figures: Figures, ceilings: Figures) -> Table:
             theirs = base.get(measure, {}).get("median_s")
             ratio = f" ({theirs / seconds:.2f})" if seconds and theirs else ""
             cells.append(f"{_time(seconds)}{ratio}" if seconds else "")
-        rows.append((name, *cells, f"{row['held_gib']:.1f} GiB", f"{row['ready_s']:.0f} s"))
+        idle = f"{row['trace']['idle_percent']:.1f} %" if row.get("trace") else ""
+        rows.append((name, *cells, idle, f"{row['held_gib']:.1f} GiB", f"{row['ready_s']:.0f} s"))
     peak = ceilings.get("tflops", {}).get(figures["dtype"])
     floors = {m: _time(f / peak / 1e12) for m, f in figures["flops"].items()} if peak else {}
-    rows.append(("floor: products alone", *(floors.get(measure, "") for measure in measures), "", ""))
+    rows.append(("floor: products alone", *(floors.get(measure, "") for measure in measures), "", "", ""))
     if figures["bars_ms"]:
         bars = figures["bars_ms"]
-        rows.append(("aim", *(f"{bars[m]:g} ms" if m in bars else "" for m in measures), "", ""))
+        rows.append(("aim", *(f"{bars[m]:g} ms" if m in bars else "" for m in measures), "", "", ""))
     columns = [
         _MEASURES.get(measure, f"{measure.removeprefix(PICTURE).strip()}-step picture")
         for measure in measures
     ]
-    return (f"time (× {COMPILED})", *columns, "holds", "ready"), rows, _errors(candidates)
+    return (f"time (× {COMPILED})", *columns, "GPU idle", "holds", "ready"), rows, _remarks(candidates)
 
 
-def _errors(candidates: Mapping[str, Any]) -> str:
+def measure_name(measure: str) -> str:
+    """For people."""
+    return _MEASURES.get(measure, f"{measure.removeprefix(PICTURE).strip()}-step picture")
+
+
+def _remarks(candidates: Mapping[str, Any]) -> str:
     said = [
         f"{name} {row['errors'][UNET]:.1e} and {row['errors'][VAE]:.1e}" for name, row in candidates.items()
     ]
-    return f"Errors of U-Net and decoder, relative L2 from fp32: {', '.join(said)}."
+    note = f"Errors of U-Net and decoder, relative L2 from fp32: {', '.join(said)}."
+    trace = candidates.get(OURS, {}).get("trace", {})
+    if "gap_us" in trace:
+        note += (
+            f" Between two steps of ours the GPU waits {trace['gap_us']:.1f} us, {trace['gap_percent']:.2f} % "
+            f"of a step of {trace['step_us'] / 1e3:.3g} ms, and the host waits {trace['synchronisations']} times for the GPU."
+        )
+    return note
 
 
 def _fp8(figures: Figures, ceilings: Figures) -> Table:
@@ -229,6 +262,7 @@ _TABLES: Mapping[str, Callable[[Figures, Figures], Table]] = {
     "ceilings": _ceilings,
     "kernels": _kernels,
     "payloads": _payloads,
+    "demo": _demo,
     "models": _model,
     "fp8": _fp8,
 }
