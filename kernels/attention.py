@@ -1,6 +1,6 @@
 """Attention with its heads, without the matrix of weights in memory.
 
-    out[b, l, h] = Σ_s softmax_s(q[b, l, h] · k[b, s, h] / √d) v[b, s, h]
+    out[b, t, h] = Σ_s softmax_s(q[b, t, h] · k[b, s, h] / √d) v[b, s, h]
 
     query (B, L, H · d), key (B, S, H · d), value (B, S, H · d) → out (B, L, H · d)
 
@@ -9,9 +9,9 @@ It is `rt::attention` of export/operators.py: heads lie side by side in the last
 FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 1: a program keeps a block of queries and goes through the
 keys; maximum and sum of each row are corrected on the way. Products are in T with sums in fp32, all else is in fp32.
 
-Tensor cores work on powers of two, and the heads of SD 1.5 are 40, 80 and 160 wide. Rather than padded to 64, 128 and 256
-a head is taken apart into two powers of two, 32 + 16, 64 + 16 and 128 + 32: each product is two, and only 40 has any
-padding left.
+Triton's tiles are powers of two, and the heads of SD 1.5 are 40, 80 and 160 wide. Rather than padded to 64, 128 and 256
+a head is taken apart into two tiles, 32 + 16, 64 + 16 and 128 + 32: each product is two, and only 40 has any padding
+left.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 def reference(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> tuple[Tensor]:
     """In torch."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
     weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
     return ((weights @ v).transpose(1, 2).flatten(2),)
 
@@ -73,21 +73,21 @@ def attention(
     """In Triton: a program for `BLOCK_L` queries of a head."""
     stride: tl.constexpr = heads * width
     scale: tl.constexpr = LOG2_E / width**0.5  # exp(x) = 2^(x · log2 e)
-    wide_padded: tl.constexpr = WIDE > width
-    narrow_padded: tl.constexpr = WIDE + NARROW > width
+    wide_padded: tl.constexpr = width < WIDE
+    narrow_padded: tl.constexpr = width < WIDE + NARROW
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     query += batch * queries * stride + head * width
     key += batch * keys * stride + head * width
     value += batch * keys * stride + head * width
     out += batch * queries * stride + head * width
 
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    t = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     wide = tl.arange(0, WIDE)
-    q_wide = _load(query, l, wide, stride, queries, width, True, wide_padded)
+    q_wide = _load(query, t, wide, stride, queries, width, True, wide_padded)
     y_wide = tl.zeros((BLOCK_L, WIDE), tl.float32)
     if NARROW:
         narrow = WIDE + tl.arange(0, NARROW)
-        q_narrow = _load(query, l, narrow, stride, queries, width, True, narrow_padded)
+        q_narrow = _load(query, t, narrow, stride, queries, width, True, narrow_padded)
         y_narrow = tl.zeros((BLOCK_L, NARROW), tl.float32)
     largest = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_L,), tl.float32)
@@ -112,13 +112,13 @@ def attention(
             total = total * shrink + tl.sum(weights, 1)
 
             weights = weights.to(value.dtype.element_ty)
-            v = _load(value, s, wide, stride, keys, width, ragged, wide_padded)
-            y_wide = tl.dot(weights, v, y_wide * shrink[:, None])
             if NARROW:
                 v_narrow = _load(value, s, narrow, stride, keys, width, ragged, narrow_padded)
                 y_narrow = tl.dot(weights, v_narrow, y_narrow * shrink[:, None])
+            v = _load(value, s, wide, stride, keys, width, ragged, wide_padded)
+            y_wide = tl.dot(weights, v, y_wide * shrink[:, None])
 
-    row, inside = out + l[:, None] * stride, l[:, None] < queries
+    row, inside = out + t[:, None] * stride, t[:, None] < queries
     y_wide = (y_wide / total[:, None]).to(out.dtype.element_ty)
     tl.store(row + wide[None, :], y_wide, inside & (wide[None, :] < width))
     if NARROW:
@@ -154,7 +154,7 @@ TILES = {64: (128, 64, 3), 96: (128, 64, 2), 128: (128, 32, 3), 192: (64, 32, 2)
 
 def fused(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
     """What torch chooses among its own kernels and cuDNN's."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

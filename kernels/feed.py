@@ -5,9 +5,9 @@
     state (rows, RING_X + RING_H, elements) and its rings as in `guide_and_step`, position (rows,), scale (rows,)
     → out (rows, elements) in T, broken (rows,)
 
-A row whose scale is 0 is left alone. When a row joins a loop its scale is c_in of its first step, and that of the others
-0; before decoding it is the reciprocal of the autoencoder's scaling factor. `position` is the counter that was written
-last, that is `upcoming`. Where a result is NaN or Inf, in T, and `broken` is 0, it becomes position + 1.
+A row whose scale is 0 is left alone. When a row joins a loop its scale is c_in of its first step, and that of the
+others 0; before decoding it is the reciprocal of the autoencoder's scaling factor. `position` is the counter that was
+written last, that is `upcoming`. Where a result is NaN or Inf, in T, and `broken` is 0, it becomes position + 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from rt.kernels.guide_and_step import RING_H, RING_X
 from rt.kernels.spec import Budget, Case, Config, KernelSpec
 
 
-def reference(state: Tensor, position: Tensor, scale: Tensor, out: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
+def reference(
+    state: Tensor, position: Tensor, scale: Tensor, out: Tensor, broken: Tensor
+) -> tuple[Tensor, Tensor]:
     """In torch; nothing here is Inf in T alone."""
     x = state[torch.arange(len(state)), (position % RING_X.value).long()]
     y = torch.where(scale[:, None] == 0, out, scale[:, None] * x)

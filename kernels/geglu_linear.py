@@ -12,6 +12,8 @@ Programs go down eight tiles of rows before the next of features, so that tiles 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -89,7 +91,7 @@ def case(rows: int, inner: int, features: int, dtype: str = "float16") -> Case:
 def small_weights(case: Case, generator: torch.Generator) -> Tensor:
     """So that the products are of the order of 1."""
     inner = case.sizes["inner"]
-    return torch.randn(2 * case.sizes["features"], inner, generator=generator) / inner**0.5
+    return torch.randn(2 * case.sizes["features"], inner, generator=generator) / math.sqrt(inner)
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def reference(
     count = width * torch.tensor([min(chunk, pixels - start) for start in range(0, pixels, chunk)])[:, None]
     whole = (mean * count).sum(1, keepdim=True) / (pixels * width)
     variance = (m2 + count * (mean - whole) ** 2).sum(1, keepdim=True) / (pixels * width)
-    h = (x + bias[:, None]).unflatten(-1, (groups, -1))
+    h = (x + bias[:, None]).view(*x.shape[:2], groups, -1)
     y = ((h - whole[..., None]) / (variance[..., None] + eps).sqrt()).flatten(-2) * scale + shift
     return (F.silu(y) if silu else y,)
 

@@ -4,8 +4,8 @@
 
     prediction (sides · rows, elements) in T, the rest as in `guide_and_step`, which multiplies m by it → factor (rows,)
 
-A loop without rescale leaves this kernel out and keeps the factors at 1. A program has a whole row and goes over it twice,
-for the means and for the squares around them; a row is at most some 100 KB, so the second time it comes from cache.
+A loop without rescale leaves this kernel out and keeps the factors at 1. A program has a whole row and goes over it
+twice, for the means and for the squares around them; a row is some 100 KB, so the second time it comes from cache.
 
 Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", https://arxiv.org/abs/2305.08891, 3.4.
 """

@@ -164,8 +164,8 @@ def coefficients(case: Case, generator: torch.Generator) -> Tensor:
     """Any values, with a third of the steps unguided and a third without noise."""
     shape = case.sizes["rows"], case.sizes["steps"], COLUMNS.value
     table = torch.randn(shape, generator=generator)
-    table[:, ::3, GUIDANCE.value] = 1.0
-    table[:, ::3, RESCALE.value] = 0.0
+    table[:, 2::3, GUIDANCE.value] = 1.0
+    table[:, 2::3, RESCALE.value] = 0.0
     table[:, 1::3, N.value] = 0.0
     return table
 

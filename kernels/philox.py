@@ -4,11 +4,11 @@
 
     key (rows, 2) uint32, low word first, draw (rows, draws), from 0 → noise (rows, draws, elements)
 
-A slot whose draw is negative is left alone. Thread t of torch's kernel takes counters (call, 0, t, 0), and its k-th normal
-is element t + k · threads; there are as many threads as elements, in blocks of 256, up to the `resident` ones that the
-GPU holds at once (`rt.philox`). The latents of a picture have fewer elements than that, so of four normals one is used.
+A slot whose draw is negative is left alone. Thread t of torch's kernel takes counters (call, 0, t, 0), and its k-th
+normal is element t + k · threads; there are as many threads as elements, in blocks of 256, up to the `resident` ones
+that the GPU holds at once (`rt.philox`). The latents of a picture have fewer elements, so one normal of four is used.
 
-Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011; torch's layout: ATen/native/cuda/DistributionTemplates.h.
+Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011; torch's layout: its DistributionTemplates.h.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The beginning of a step: each row's counter, and everything that its timestep gave, copied to where the network reads it.
+"""The beginning of a step: each row's counter, and all that its timestep gave, copied to where the network reads it.
 
     position[r] = upcoming[r]
     out[e] = table[min(upcoming[owner[e]], steps − 1), e]

@@ -4,8 +4,8 @@
 
     x (batch, elements) in T, in [−1, 1] → pixels (batch, elements) uint8, broken (batch,)
 
-The arithmetic is that of `rt.images.postprocess`, operation by operation in fp32, so that a decoder with the same output
-gives the same file. `broken` of a picture with a NaN or Inf becomes 1; the caller clears it.
+The results are those of `rt.images.postprocess`, to the bit, so that a decoder with the same output gives the same
+file. `broken` of a picture with a NaN or Inf becomes 1; the caller clears it.
 """
 
 from __future__ import annotations

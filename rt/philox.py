@@ -105,7 +105,9 @@ class CudaGenerator:
             counter = np.zeros((4, calls, threads), np.uint32)
             counter[0] = np.arange(self._offset, self._offset + calls)[:, None]
             counter[2] = np.arange(threads)
-            out.reshape(-1)[:] = _normals(philox4x32(counter, self._key)).swapaxes(0, 1).reshape(-1)[: out.size]
+            out.reshape(-1)[:] = (
+                _normals(philox4x32(counter, self._key)).swapaxes(0, 1).reshape(-1)[: out.size]
+            )
             self._offset += calls
         return out
 

@@ -32,6 +32,7 @@ LEVELS = (
     "config",
     "model",
     "noise",
+    "philox",
     "tokenizer",
     "images",
     "inpainting",

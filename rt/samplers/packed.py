@@ -1,9 +1,9 @@
 """Schedules as the arrays that a loop on a GPU reads: one table for all rows of a batch, each with its own sampler.
 
-On the host a row of a `Schedule` refers to x_i, x_{i−1} … and h_i, h_{i−1} …; on the device these stay where they are, in
-a ring of `RING_X` and a ring of `RING_H` arrays, and the coefficients move around the ring (`ring_weights`).
-rt/kernels/guide_and_step.py has the layout of the columns a second time, because kernels import nothing from here; a test
-holds the two together.
+A row of a `Schedule` refers to x_i, x_{i−1} … and h_i, h_{i−1} …; in memory these stay where they are, in a ring of
+`RING_X` and a ring of `RING_H` arrays, and the coefficients move around the rings (`ring_weights`).
+rt/kernels/guide_and_step.py has the layout of the columns a second time, because kernels import nothing from here; a
+test holds the two together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands before and after the loop, in a process of its own as tests/kernels/loop.py: noise, first input, pixels."""
+"""What stands before and after the loop, in a process of its own like loop.py: noise, first input, pixels."""
 
 from __future__ import annotations
 
@@ -69,13 +69,18 @@ def main() -> None:
     """Everything, on the GPU if there is one."""
     half = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
     between = (torch.arange(255, dtype=torch.float64) + 0.5) / 127.5 - 1  # halfway between two pixels
-    near = torch.cat([between.float(), *(torch.nextafter(between.float(), torch.tensor(e)) for e in (-9.0, 9.0))])
+    near = torch.cat(
+        [between.float(), *(torch.nextafter(between.float(), torch.tensor(e)) for e in (-9.0, 9.0))]
+    )
     results = {
         "pixels": {
             "all of float16": pixels(half[half.isfinite()]),
             "halfway in float32": pixels(near),
             "halfway in bfloat16": pixels(near.bfloat16()),
-            **{str(value): pixels(torch.tensor([0.5] * 2000 + [value])) for value in (np.nan, np.inf, -np.inf)},
+            **{
+                str(value): pixels(torch.tensor([0.5] * 2000 + [value]))
+                for value in (np.nan, np.inf, -np.inf)
+            },
         },
         "fed": {
             "float16": {str(value): fed(value, torch.float16) for value in (np.nan, -np.inf, 7e4, 6e4)},

@@ -1,5 +1,6 @@
-"""Whole schedules on the kernels of the loop beside `rt.trajectory`, in a process of its own: Triton chooses between GPU
-and interpreter when it is imported. Prints a JSON object of largest differences, relative to the largest value.
+"""Whole schedules on the kernels of the loop beside `rt.trajectory`, in a process of its own.
+
+Prints a JSON object of largest differences, relative to the largest value, and of faults.
 
 The network is a table of random outputs, in fp32 so that nothing but the order of sums differs.
 """
@@ -55,13 +56,18 @@ class Loop:
         self.sizes = {"rows": rows, "steps": steps, "sides": sides, "draws": steps, "elements": ELEMENTS}
         self.features_size = 2 * rows * 50  # two sides of 50 features
         owner = torch.arange(rows, dtype=torch.int32).repeat_interleave(50).repeat(2)
-        integers = {name: torch.zeros(rows, dtype=torch.int32) for name in ("position", "upcoming", "length", "broken")}
+        integers = {
+            name: torch.zeros(rows, dtype=torch.int32)
+            for name in ("position", "upcoming", "length", "broken")
+        }
         self.tensors: dict[str, Tensor] = {
             name: tensor.to(device)
             for name, tensor in {
                 **integers,
                 "owner": owner,
-                "state": torch.full((rows, RING_X + RING_H, ELEMENTS), torch.nan),  # of an earlier, broken run
+                "state": torch.full(
+                    (rows, RING_X + RING_H, ELEMENTS), torch.nan
+                ),  # of an earlier, broken run
                 "prediction": torch.zeros(sides * rows, ELEMENTS),
                 "factor": torch.ones(rows),
                 "table": torch.zeros(rows, steps, COLUMNS.count),
@@ -158,7 +164,9 @@ class Rows:
         """One step on both."""
         loop = self.loop
         before = {name: loop.numpy(name) for name in ("latents", "state", "upcoming")}
-        running = [row for row, one in enumerate(self.trajectories) if hasattr(one, "position") and not one.done]
+        running = [
+            row for row, one in enumerate(self.trajectories) if hasattr(one, "position") and not one.done
+        ]
         outputs = self.random.standard_normal((2, len(ROWS), *SHAPE)).astype(np.float32)
         fed = np.empty(SHAPE, np.float32)
         for row in running:

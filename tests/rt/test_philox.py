@@ -45,7 +45,9 @@ def plainly(seed: int, elements: int, threads: int, offset: int) -> list[float]:
     for thread in range(threads):
         call, start = offset, thread
         while start < elements:
-            words = philox4x32(np.array([[call], [0], [thread], [0]], np.uint32), key)[:, 0].astype(np.float64)
+            words = philox4x32(np.array([[call], [0], [thread], [0]], np.uint32), key)[:, 0].astype(
+                np.float64
+            )
             for k in range(4):
                 if start + k * threads < elements:
                     first, second = words[k // 2 * 2 : k // 2 * 2 + 2]
@@ -58,7 +60,7 @@ def plainly(seed: int, elements: int, threads: int, offset: int) -> list[float]:
 
 @pytest.mark.parametrize("elements", [1, 255, 257, 700, 2300])
 def test_the_layout_over_threads_and_calls(elements):
-    """A GPU of one processor with two blocks: up to 512 elements a call, beyond four normals a thread, beyond two calls."""
+    """On a GPU that holds 512 threads: one, two or four normals a thread, or several calls."""
     seed = 2**40 + 12345
     generator = CudaGenerator(seed, processors=1, threads_per_processor=512)
     threads = 256 if elements <= 256 else 512
@@ -79,7 +81,9 @@ def test_out_is_filled_and_checked():
     out = np.empty((2, 3), np.float32)
     assert CudaGenerator(5).randn((2, 3), out=out) is out
     np.testing.assert_array_equal(out, CudaGenerator(5).randn((2, 3)))
-    with pytest.raises(ConfigError, match=r"^out is float64 \(2, 3\) .* expected C-contiguous float32 \(2, 3\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^out is float64 \(2, 3\) .* expected C-contiguous float32 \(2, 3\)$"
+    ):
         CudaGenerator(5).randn((2, 3), out=np.empty((2, 3)))
     assert CudaGenerator(5).randn((0, 3)).shape == (0, 3)
 

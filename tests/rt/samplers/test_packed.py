@@ -71,7 +71,9 @@ def test_rows_of_different_lengths():
 
 def test_room_for_steps():
     assert pack([schedule_of("ddim", 3)], guidance_scale=[1.0], steps=8).table.shape[1] == 8
-    with pytest.raises(ConfigError, match=r"^a schedule has 3 steps, but the loop has room for 2: ask for fewer"):
+    with pytest.raises(
+        ConfigError, match=r"^a schedule has 3 steps, but the loop has room for 2: ask for fewer"
+    ):
         pack([schedule_of("ddim", 3)], guidance_scale=[1.0], steps=2)
 
 
