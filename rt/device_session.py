@@ -51,8 +51,8 @@ class GraphMode(Enum):
 class DeviceSession:
     """`rt.session.Session` on a device, with the same results. Owned by one thread, and closed by it.
 
-    A run that nobody watches is enqueued as a whole. NaN or Inf is found when results are read. `on_step` is called once
-    its step is enqueued, at most `AHEAD` steps before it is done; a callback that reads latents waits for it.
+    A run that nobody watches is enqueued as a whole. NaN or Inf is found when results are read. `on_step` is called
+    once its step is enqueued, at most `AHEAD` steps before it is done; a callback that reads latents waits for it.
 
     Args:
         engines: Of a backend that runs on a device.

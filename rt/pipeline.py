@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
+from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,8 @@ from rt.arguments import (
 from rt.backends import AUTO
 from rt.bundle import Bundle
 from rt.conditioning import Conditioning
+from rt.cuda import KernelLibrary
+from rt.device_session import DeviceSession
 from rt.engines import EngineKey, Engines
 from rt.errors import ConfigError
 from rt.images import to_pil
@@ -96,7 +99,8 @@ class Pipeline:
                 e.profile for e in bundle.manifest.engines if e.component is Component.UNET and e.profile
             )
         )
-        self._sessions: dict[ShapeProfile, Session] = {}
+        self._sessions: dict[ShapeProfile, Loop] = {}
+        self._kernels: KernelLibrary | None = None
         self._interrupt = False
         self._lock = RLock()
         self._drawing = False
@@ -118,6 +122,22 @@ class Pipeline:
             BackendUnavailableError: No engine is installed.
         """
         return cls(Bundle.open(path), backend=backend, threads=threads)
+
+    def close(self) -> None:
+        """Give sessions, engines and a GPU's memory back; a pipeline that is closed cannot draw."""
+        with self._turn():
+            for session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
+            self.engines.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def interrupt(self) -> None:
         """Stop the running call at its next step; it returns what it has."""
@@ -260,6 +280,8 @@ class Pipeline:
             if self._drawing:
                 raise ConfigError("a callback cannot draw with the pipeline that calls it: open a second one")
             self._drawing = True
+            if self.engines.place is not None:
+                self.engines.place.device.activate()
             try:
                 yield
             finally:
@@ -343,7 +365,7 @@ class Pipeline:
             std=encoder.outputs["std"][0].copy(),
         )
 
-    def _batches(self, rows: Sequence[Row], size: tuple[int, int]) -> Iterator[tuple[Session, Sequence[Row]]]:
+    def _batches(self, rows: Sequence[Row], size: tuple[int, int]) -> Iterator[tuple[Loop, Sequence[Row]]]:
         profiles = {profile.batch_size: profile for profile in self._profiles_of(size)}
         start = 0
         for batch_size in split_batch(len(rows), profiles):
@@ -352,10 +374,18 @@ class Pipeline:
             yield self._session(profiles[batch_size]), rows[start : start + batch_size]
             start += batch_size
 
-    def _session(self, profile: ShapeProfile) -> Session:
+    def _session(self, profile: ShapeProfile) -> Loop:
         if profile not in self._sessions:
-            self._sessions[profile] = Session(self.engines, self.bundle.manifest.model, profile)
+            self._sessions[profile] = self._open_session(profile)
         return self._sessions[profile]
+
+    def _open_session(self, profile: ShapeProfile) -> Loop:
+        spec = self.bundle.manifest.model
+        if self.engines.place is None:
+            return Session(self.engines, spec, profile)
+        if self._kernels is None:
+            self._kernels = KernelLibrary.open(self.engines.place.device)
+        return DeviceSession(self.engines, self._kernels, spec, profile)
 
     def _profiles_of(self, size: tuple[int, int]) -> list[ShapeProfile]:
         return [profile for profile in self._profiles if (profile.height, profile.width) == size]

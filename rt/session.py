@@ -97,6 +97,9 @@ class Loop(Protocol):
     def pixels(self) -> Iterator[NDArray[np.uint8]]:
         """The same as pictures, (H, W, 3)."""
 
+    def close(self) -> None:
+        """Give back what it holds; the engines stay."""
+
 
 class Session:
     """The loop at one shape. Owned by one thread; results are valid until the next run.
@@ -169,6 +172,9 @@ class Session:
     def pixels(self) -> Iterator[NDArray[np.uint8]]:
         """See `Loop`; raises as `images`."""
         return map(postprocess, self.images())
+
+    def close(self) -> None:
+        """See `Loop`: nothing but arrays, which go with it."""
 
     def _loop(
         self, rows: Sequence[Row], steps: Sequence[PlannedStep], programs: _Programs, on_step: OnStep | None

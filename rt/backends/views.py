@@ -28,7 +28,7 @@ class HostSide:
         self.outputs = {name: _floats(array) for name, array in engine.outputs.items()}
         self._staged = {
             name: device.pinned(array.shape, array.dtype)
-            for name, array in (engine.inputs | engine.outputs).items()
+            for name, array in {**engine.inputs, **engine.outputs}.items()
         }
 
     def enqueue(self) -> None:

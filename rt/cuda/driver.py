@@ -85,7 +85,7 @@ class CudaDevice:
         kind = storage(dtype)
         nbytes = max(int(np.prod(shape)) * kind.itemsize, 1)
         address = int(self._call("cuMemHostAlloc", nbytes, 0))
-        memory = (ctypes.c_byte * nbytes).from_address(address)
+        memory = memoryview((ctypes.c_byte * nbytes).from_address(address)).cast("B")
         array: Array = np.frombuffer(memory, kind, int(np.prod(shape))).reshape(shape)
         self._pinned[array.ctypes.data] = address
         return array

@@ -14,7 +14,10 @@ from rt.errors import ConfigError
 
 Array = NDArray[Any]
 
-_STORAGE = {"bfloat16": np.dtype(np.uint16), "float8_e4m3fn": np.dtype(np.uint8)}
+_STORAGE: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(np.uint16),
+    "float8_e4m3fn": np.dtype(np.uint8),
+}
 _NATIVE = ("float32", "float16", "float64", "int64", "int32", "uint32", "int8", "uint8", "bool")
 
 

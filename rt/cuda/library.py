@@ -10,6 +10,8 @@ from rt.cuda.device import Device, Kernel
 from rt.errors import BackendError, BackendUnavailableError, IntegrityError
 from rt.kernel_image import KernelImage
 
+INSTALLED = Path(__file__).parents[1] / "_native" / "kernels" / "kernels.json"
+"""The list of the kernels that come with the package."""
 Constant = int | float | bool | str
 
 
@@ -28,7 +30,7 @@ class KernelLibrary:
         self._loaded: dict[str, Kernel] = {}
 
     @classmethod
-    def open(cls, device: Device, path: Path) -> KernelLibrary:
+    def open(cls, device: Device, path: Path = INSTALLED) -> KernelLibrary:
         """Of the list at `path`, JSON with a `KernelImage` an entry.
 
         Raises:

@@ -144,7 +144,8 @@ class Run:
         """Of one row, a copy; waits, and raises as `finish`."""
         self._fetch_latents(progress)
         self.finish()
-        return self._staged(progress.row).copy()
+        latents: Float32 = self._staged(progress.row).copy()
+        return latents
 
     def replace(self, progress: RowProgress, values: Float32) -> None:
         """Put other latents in the place of a row's, and of what the network is to see next; waits."""

@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 
 import rt
+from rt.backends import BACKENDS
+from rt.backends.ort_cpu import OnnxRuntime
+from rt.backends.views import DeviceSide
 from rt.errors import (
     ArgumentError,
     BackendUnavailableError,
@@ -508,3 +511,116 @@ def test_pndm_goes_on_from_replaced_latents_as_diffusers_does(demo_bundle: Path,
         **arguments,
     ).images[0]
     assert np.abs(got - expected).max() <= 2 / 255
+
+
+@pytest.fixture
+def device_pipe(demo_bundle, tmp_path, monkeypatch):
+    """Engines of ONNX Runtime as those of a device, with the loop and its kernels there."""
+    pytest.importorskip("triton")  # the kernels' references are in the kernels' files
+    from .device_fakes import host_device, library
+
+    class OnDevice(OnnxRuntime):
+        name = "on-device"
+
+        def open_device(self):
+            return host_device()
+
+        def load_on(self, device, path, inputs, outputs, *, dtype):
+            return DeviceSide(path.stem, self.load(path, inputs, outputs, dtype=dtype, threads=2), device)
+
+    monkeypatch.setitem(BACKENDS, OnDevice.name, OnDevice())
+    monkeypatch.setattr("rt.pipeline.KernelLibrary.open", lambda device: library(device, tmp_path))
+    pipe = rt.Pipeline.from_bundle(demo_bundle, backend=OnDevice.name)
+    yield pipe
+    pipe.close()
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
+def test_the_loop_on_a_device_draws_the_same(device_pipe, demo_bundle, words, output_type):
+    arguments = {
+        "prompt": [words(), words()],
+        "num_images_per_prompt": 2,  # one batch of two, twice
+        "num_inference_steps": 4,
+        "scheduler": "euler-a",
+        "guidance_rescale": 0.5,
+        "guidance_interval": (0.0, 0.6),
+        "output_type": output_type,
+        "seed": 3,
+    }
+    device = device_pipe.engines.place.device
+    got = device_pipe(**arguments)
+    assert got.timings.steps == 8
+    allocated = device.allocated
+    again = device_pipe(**arguments)
+    assert device.allocated == allocated
+    expected = rt.Pipeline.from_bundle(demo_bundle, backend="onnxruntime")(**arguments)
+    limit = {"pil": 1, "np": 1e-3, "latent": 1e-3}[output_type]
+    for one, other, same in zip(got.images, expected.images, again.images, strict=True):
+        assert np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).max() <= limit
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(same))
+    device_pipe.close()
+    assert device.in_use == 0
+
+
+def test_on_a_device_a_callback_that_does_not_look_makes_nobody_wait(device_pipe, words):
+    calls, seen = [], []
+    device = device_pipe.engines.place.device
+    arguments = {
+        "prompt": words(),
+        "num_inference_steps": 6,
+        "scheduler": "ddim",
+        "output_type": "latent",
+        "seed": 1,
+    }
+
+    def look(pipe, step, timestep, given):
+        seen.append(given)
+        calls.append([call.name for call in device.calls])
+        device.calls = []
+
+    device_pipe(callback_on_step_end=look, callback_on_step_end_tensor_inputs=[], **arguments)
+    assert all("synchronise" not in names and "download" not in names for names in calls[1:])
+    assert seen == [{}] * 6
+    got = device_pipe(
+        callback_on_step_end=lambda pipe, step, timestep, given: {"latents": 0.9 * given["latents"]},
+        **arguments,
+    )
+    assert np.abs(got.images[0]).max() > 0
+
+
+def test_interrupt_on_a_device(device_pipe, words):
+    arguments = {"prompt": words(), "num_inference_steps": 9, "output_type": "latent"}
+    stop = lambda pipe, step, timestep, given: pipe.interrupt() if step == 2 else None  # noqa: E731
+    got = device_pipe(callback_on_step_end=stop, callback_on_step_end_tensor_inputs=[], **arguments)
+    assert got.timings.steps == 3
+
+
+def test_kernels_that_are_not_installed(device_pipe, words, monkeypatch, tmp_path):
+    from rt.cuda import KernelLibrary
+
+    def open_missing(device):
+        return original(device, tmp_path / "none.json")
+
+    monkeypatch.undo()
+    original = KernelLibrary.open
+    monkeypatch.setattr("rt.pipeline.KernelLibrary.open", open_missing)
+    with pytest.raises(BackendUnavailableError, match="this installation has no GPU kernels"):
+        device_pipe(words(), **FAST)
+
+
+@pytest.mark.parametrize("names", ["latents", ["prompt_embeds"]])
+def test_what_a_callback_can_be_shown(pipe, words, names):
+    with pytest.raises(
+        ConfigError, match=r"callback_on_step_end_tensor_inputs is .*; use \[\"latents\"\] or \[\]"
+    ):
+        pipe(words(), callback_on_step_end_tensor_inputs=names, **FAST)
+
+
+def test_engines_of_the_host_have_no_device_side(pipe):
+    with pytest.raises(ConfigError, match="openvino runs on the host; use a backend of a GPU"):
+        pipe.engines.on_device(Component.UNET_TIME)
+
+
+def test_a_closed_pipeline_on_the_host_is_no_error(demo_bundle, words):
+    with rt.Pipeline.from_bundle(demo_bundle, backend="onnxruntime") as pipe:
+        pipe(words(), **FAST)
