@@ -7,10 +7,11 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from rt.backends import Backend, Form, choose
+from rt.backends import ON_HOST, Backend, Form, choose_target, get
 from rt.bundle import (
     MANIFEST,
     SCHEMA,
@@ -34,12 +35,14 @@ from rt.config import BuildConfig, DType, fingerprint
 from rt.errors import BuildError, ConfigError, RtError
 from rt.export.calibrate import Calibration, calibrate
 from rt.export.checkpoint import Checkpoint, Kind
+from rt.export.forms import Request, check_options, writer
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
-from rt.export.passes.cast import HALF, cast
+from rt.export.passes.cast import HALF, cast, in_range
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
-from rt.export.passes.quantize import quantize
+from rt.export.passes.quantize import FP8, INT8, Bits, quantize
+from rt.export.passes.rescale import rescale
 from rt.export.program import Program
 from rt.export.staging import staged
 from rt.export.trace import trace
@@ -61,9 +64,14 @@ _VERSIONED = (
     "onnxscript",
     "openvino",
     "onnxruntime",
+    "tensorrt-cu13",
+    "tensorrt-rtx-cu13",
+    "triton",
 )
 # Programs with pixels, where the fused operators are.
 _PICTURES = (Component.UNET, Component.UNET_SHALLOW, Component.VAE_ENCODER, Component.VAE_DECODER)
+BITS: Mapping[DType, Bits] = {DType.INT8: INT8, DType.FP8: FP8}
+"""The formats in which products are calibrated."""
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "OFL*")
 
 
@@ -72,10 +80,13 @@ def build(
     output: str | Path,
     config: BuildConfig,
     *,
+    donor: Bundle | None = None,
     force: bool = False,
     quiet: bool = False,
 ) -> Bundle:
     """Compile `checkpoint` for every profile of `config` and write the bundle `output`.
+
+    With a `donor`, a bundle of the same model with refittable plans, its plans get the new weights and none is built.
 
     Raises:
         BuildError: When the output exists or cannot be written; AccuracyError when an engine is wrong.
@@ -84,19 +95,21 @@ def build(
     spec = checkpoint.spec
     for profile in config.profiles:
         profile.check_multiple(spec.vae_scale_factor)
-    backend, _ = choose(config.backend, config.dtype)
+    backend, _ = choose_target(config.backend, config.dtype)
+    check_options(backend, Request(stage=Path(output), config=config, donor=donor))
     _check_sampler(checkpoint)
     with (
         staged(Path(output), force=force) as stage,
-        progress("build", total=_steps(checkpoint, config), quiet=quiet) as bar,
+        progress("build", total=_steps(checkpoint, config, backend), quiet=quiet) as bar,
         torch.inference_mode(),
     ):
         for folder in ("engines", "reference", "tokenizer"):
             (stage / folder).mkdir()
+        request = Request(stage=stage, config=config, donor=donor)
         engines = [
             engine
             for component in checkpoint.components
-            for engine in _compile(component, checkpoint, config, backend, stage, bar)
+            for engine in _compile(component, checkpoint, request, backend, bar)
         ]
         for encoder in spec.text_encoders:
             checkpoint.tokenizer(encoder).save(stage / "tokenizer" / f"{encoder.value}.json")
@@ -149,33 +162,61 @@ def default_profiles(
 
 
 def _compile(
-    component: Component, checkpoint: Checkpoint, config: BuildConfig, backend: Backend, stage: Path, bar: Bar
+    component: Component, checkpoint: Checkpoint, request: Request, backend: Backend, bar: Bar
 ) -> list[EngineRecord]:
     """All programs of a component, first lowered, then verified: torch's weights are gone when engines load."""
     with _step(bar, f"{component.value}: load"):
         module = checkpoint.load(component)
-    lowered = list(_lower_all(module, component, checkpoint, config, stage, bar))
+    lowered = list(_lower_all(module, component, checkpoint, request, backend, bar))
     del module
     gc.collect()
     engines = []
     for record in lowered:
+        if (further := writer(backend)) is not None:
+            with _step(bar, f"{record.name}: compile"):
+                written = further.write(record, request)
+                record = replace(
+                    record, forms={**record.forms, **{form.value: path for form, path in written.items()}}
+                )
         with _step(bar, f"{record.name}: verify"):
-            error = check(record, stage, backend)
-        engines.append(
-            replace(record, error=error, verified_with=f"{backend.name} {backend.arithmetic(record.dtype)}")
-        )
+            engines.append(_verified(record, request.stage, backend))
     return engines
+
+
+def _verified(record: EngineRecord, stage: Path, backend: Backend) -> EngineRecord:
+    """With its distance from torch, measured by the backend; where it has no device here, by another on the graph."""
+    missing = backend.available().problem
+    runner = next(filter(None, map(partial(_runs_here, record.dtype), ON_HOST)), None) if missing else backend
+    if runner is None:
+        logger.warning("%s: %s was not verified: %s", record.name, backend.name, missing)
+        return replace(record, verified_with=f"not verified: {backend.name} {missing}")
+    how = f"{runner.name} {runner.arithmetic(record.dtype)}"
+    if missing:
+        logger.warning(
+            "%s: the %s form was built and not run: it %s; run there: rt verify",
+            record.name,
+            backend.name,
+            missing,
+        )
+        how += f"; {backend.name} not run: it {missing}"
+    return replace(record, error=check(record, stage, runner), verified_with=how)
+
+
+def _runs_here(dtype: DType, name: str) -> Backend | None:
+    backend = get(name)
+    return None if backend.available().problem or backend.refuses(dtype) else backend
 
 
 def _lower_all(
     module: nn.Module,
     component: Component,
     checkpoint: Checkpoint,
-    config: BuildConfig,
-    stage: Path,
+    request: Request,
+    backend: Backend,
     bar: Bar,
 ) -> Iterator[EngineRecord]:
     """Graphs, weights and references on disk; what is not measured yet is empty in the records."""
+    stage, config = request.stage, request.config
     weights = f"engines/{component.value}.weights"
     with WeightFile(stage / weights) as store:
         text = _text(stage, checkpoint.spec) if component is Component.UNET else {}
@@ -191,23 +232,27 @@ def _lower_all(
                 save_reference(
                     stage / reference, {k: v.numpy() for k, v in program.inputs.items()}, seen.outputs
                 )
+                if half is torch.float16:  # bf16 reaches as far as fp32
+                    scaled = program.rewritten("rescale", partial(rescale, seen=seen, largest=in_range(half)))
+                    if scaled.module is not program.module:
+                        program, seen = scaled, observe(scaled, half)
             # What runs once a schedule costs nothing in fp32, and every step builds on it.
             dtype = DType.FP32 if program.component is Component.UNET_TIME else config.dtype
             early[program.component] = program
-            if dtype is DType.INT8 and program.component is Component.UNET and calibration is None:
+            if dtype in BITS and program.component is Component.UNET and calibration is None:
                 with _step(bar, f"{program.name}: calibrate"):
-                    calibration = calibrate(early, checkpoint)
+                    calibration = calibrate(early, checkpoint, BITS[dtype])
             with _step(bar, f"{program.name}: lower"):
                 computing, islands = _in_format(program, dtype, seen, calibration)
                 lower(program, computing, store, stage / file)
             forms = {Form.ONNX.value: file}
-            if dtype in (DType.BF16, DType.INT8) and program.component in _PICTURES:
+            if program.component in _PICTURES and dtype in _fused_formats(backend):
                 with _step(bar, f"{program.name}: fuse"):
                     program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
                     forms[Form.FUSED.value] = f"engines/{program.name}.{Form.FUSED.value}"
                     lower(
                         program,
-                        _fused(program.module, seen, calibration),
+                        _fused(program.module, dtype, seen, calibration),
                         store,
                         stage / forms[Form.FUSED.value],
                     )
@@ -235,19 +280,30 @@ def _in_format(
     program: Program, dtype: DType, seen: Observation, calibration: Calibration | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The program's graph computing in `dtype`, and what of it does not, in words."""
-    if dtype is DType.INT8 and calibration is not None:
-        module = quantize(program.module, calibration.ranges, calibration.chosen)
-        return module, calibration.islands(program.module)
-    if dtype in (DType.FP32, DType.INT8):
-        return program.module, ()
-    return cast(program.module, dtype, seen)
-
-
-def _fused(module: fx.GraphModule, seen: Observation, calibration: Calibration | None) -> nn.Module:
-    """A fused graph in bf16, its products in int8 where they were calibrated."""
+    module, kept = program.module, ()
     if calibration is not None:
-        module = quantize(module, calibration.ranges, calibration.chosen)
-    return cast(module, DType.BF16, seen)[0]
+        module = quantize(module, calibration.ranges, calibration.chosen, calibration.bits)
+        kept = calibration.islands(program.module)
+    if dtype in (DType.FP32, DType.INT8):
+        return module, kept
+    half, islands = cast(module, dtype, seen)
+    return half, (*kept, *islands)
+
+
+def _fused_formats(backend: Backend) -> set[DType]:
+    """In which a fused graph is written: those that our CPU kernels compute, and what else the backend makes of one."""
+    further = writer(backend)
+    more = {DType.FP16} if further is not None and further.fused else set()
+    return {DType.BF16, DType.INT8, *more}
+
+
+def _fused(
+    module: fx.GraphModule, dtype: DType, seen: Observation, calibration: Calibration | None
+) -> nn.Module:
+    """A fused graph in half precision, that of an int8 build in bf16 with its products in int8."""
+    if calibration is not None:
+        module = quantize(module, calibration.ranges, calibration.chosen, calibration.bits)
+    return cast(module, DType.BF16 if dtype is DType.INT8 else dtype, seen)[0]
 
 
 @contextmanager
@@ -267,17 +323,18 @@ def _step(bar: Bar, label: str) -> Iterator[None]:
     logger.info("%s took %.1f s", label, time.perf_counter() - started)
 
 
-def _steps(checkpoint: Checkpoint, config: BuildConfig) -> int:
-    """Of the progress bar: a load a component, three steps a program, a calibration, and the hashes."""
+def _steps(checkpoint: Checkpoint, config: BuildConfig, backend: Backend) -> int:
+    """Of the progress bar: a load a component, three or four steps a program, a calibration, and the hashes."""
     sizes = {(profile.height, profile.width) for profile in config.profiles}
     halves = sum(
         component in (Component.VAE_ENCODER, Component.VAE_DECODER) for component in checkpoint.components
     )
     steps = 2 * len(config.profiles) * (2 if config.step_cache else 1)
     programs = len(checkpoint.spec.text_encoders) + 2 + steps + halves * len(sizes)
-    fused = (steps + halves * len(sizes)) if config.dtype in (DType.BF16, DType.INT8) else 0
-    calibrations = config.dtype is DType.INT8
-    return len(checkpoint.components) + 3 * programs + fused + calibrations + 1
+    fused = (steps + halves * len(sizes)) if config.dtype in _fused_formats(backend) else 0
+    a_program = 3 if writer(backend) is None else 4
+    calibrations = config.dtype in BITS
+    return len(checkpoint.components) + a_program * programs + fused + calibrations + 1
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the U-Net sees while it draws, and which of its products can do with int8."""
+"""What the U-Net sees while it draws, and which of its products can do with eight bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from rt.backends import Array
 from rt.conditioning import Conditioning, contexts
 from rt.export.checkpoint import Checkpoint
-from rt.export.passes.quantize import Range, products, quantize
+from rt.export.passes.quantize import INT8, Bits, Range, products, quantize
 from rt.export.passes.shapes import value
 from rt.export.program import Program
 from rt.export.trace import TextEncoder
@@ -42,21 +42,23 @@ class Calibration:
     """What `quantize` needs, by the name of a product's weight, equal for every shape of a network.
 
     Attributes:
+        bits: The format.
         ranges: Of the input of each product.
         kept: The products that stay in floats, each with its share of the squared error.
     """
 
+    bits: Bits
     ranges: Mapping[str, Range]
     kept: Mapping[str, float]
 
     @property
     def chosen(self) -> frozenset[str]:
-        """The products that go to int8."""
+        """The products that go to eight bits."""
         return frozenset(self.ranges.keys() - self.kept.keys())
 
     def islands(self, module: fx.GraphModule) -> tuple[str, ...]:
         """What of `module` stays in floats, in words."""
-        nodes = products(module)
+        nodes = products(module, self.bits)
         work = {name: _work(node) for name, node in nodes.items()}
         kept = [name for name in nodes if name in self.kept]
         if not kept:
@@ -68,32 +70,33 @@ class Calibration:
         )
 
 
-def calibrate(programs: Mapping[Component, Program], checkpoint: Checkpoint) -> Calibration:
+def calibrate(programs: Mapping[Component, Program], checkpoint: Checkpoint, bits: Bits) -> Calibration:
     """Draw `PROMPTS` with the programs of a U-Net in fp32 and watch.
 
     Args:
         programs: Those of the timestep and of the text, and a step with guidance or without.
         checkpoint: For its text encoders and its noise levels.
+        bits: The format to calibrate for.
 
     Raises:
         NumericsError: When a weight makes NaN or Inf of them.
     """
     step = programs[Component.UNET]
-    recorder = _Recorder(step.module)
+    recorder = _Recorder(step.module, bits)
     with torch.inference_mode():
         recorder.run(*step.inputs.values())
         _draw(recorder, programs, checkpoint)
-        kept = costly(step.module, recorder.ranges, step.inputs)
-    return Calibration(ranges=recorder.ranges, kept=kept)
+        kept = costly(step.module, recorder.ranges, step.inputs, bits)
+    return Calibration(bits=bits, ranges=recorder.ranges, kept=kept)
 
 
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps the range of what each of its products reads."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, bits: Bits) -> None:
         super().__init__(module)
         self.ranges: dict[str, Range] = {}
-        self._names = {node: name for name, node in products(module).items()}
+        self._names = {node: name for name, node in products(module, bits).items()}
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self._names:
@@ -171,20 +174,20 @@ def _encode(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Conditioning
 
 
 def costly(
-    module: fx.GraphModule, ranges: Mapping[str, Range], inputs: Mapping[str, Tensor]
+    module: fx.GraphModule, ranges: Mapping[str, Range], inputs: Mapping[str, Tensor], bits: Bits = INT8
 ) -> dict[str, float]:
     """The products that cost much in error and save little in work, each with its share of the squared error.
 
     Squared errors of products add up (measured on the demo model: 0.0207 from 120 parts, 0.0212 of the whole), so the
-    search halves the group with the largest error, measured with that group alone in int8, until single products are
+    search halves the group with the largest error, measured with that group alone quantized, until single products are
     left, or it has measured often enough.
     """
-    nodes = products(module)
+    nodes = products(module, bits)
     exact: Tensor = module(**inputs)[0]
 
     def error(names: Sequence[str]) -> float:
         """Squared."""
-        return float((quantize(module, ranges, names)(**inputs)[0] - exact).square().sum())
+        return float((quantize(module, ranges, names, bits)(**inputs)[0] - exact).square().sum())
 
     whole = max(error([*nodes]), 1e-30)
     work = {name: _work(node) for name, node in nodes.items()}

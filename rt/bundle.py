@@ -93,8 +93,9 @@ class EngineRecord:
         reference: Path of test inputs and torch's outputs for them.
         inputs: In the order of the graph.
         outputs: In the order of the graph.
-        error: Relative L2 distance from torch in fp32, per output, measured at the build.
-        verified_with: Backend and arithmetic of that measurement, such as "openvino f32".
+        error: Relative L2 distance from torch in fp32, per output, measured at the build; empty if nothing could run it.
+        verified_with: Backend and arithmetic of that measurement, such as "openvino f32", or "not verified: " and why.
+            A plan that the build machine could not run stands here, too: "openvino f32; plan not run: " and why.
         islands: Operators that stayed in fp32, or in an int8 graph in floats: how many and why.
         passes: What rewrote the graph, in order.
     """
@@ -113,6 +114,15 @@ class EngineRecord:
     verified_with: str
     islands: tuple[str, ...]
     passes: tuple[PassRecord, ...]
+
+    @property
+    def accuracy(self) -> str:
+        """Such as `1.2e-06 from torch with openvino f32`."""
+        return (
+            f"{max(self.error.values()):.1e} from torch with {self.verified_with}"
+            if self.error
+            else self.verified_with
+        )
 
     def runnable(self, backend: Backend) -> list[str]:
         """Paths of the forms that `backend` can run here, the fastest first."""

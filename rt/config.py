@@ -17,12 +17,14 @@ class DType(str, Enum):
     """Number format of weights and arithmetic; an engine never computes in fewer bits than this.
 
     INT8 is of the U-Net's linear layers and convolutions; the rest is fp32 in the file and at least bf16 in an engine.
+    FP8 (e4m3) is of its linear layers; the rest is fp16.
     """
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,18 @@ class BuildConfig:
         dtype: Format of weights and arithmetic.
         backend: The engine that the build is verified with and that `rt run` prefers.
         step_cache: Whether steps of the U-Net can reuse deep features (`rt run --step-cache`).
+        refittable: TensorRT: whether the weights of a plan can be replaced, as `--refit` of a later build does.
+        portable: TensorRT: whether plans run on every GPU since Ampere, rather than on this machine's model alone.
+        tune: TensorRT: whether each fused operator is timed as our kernel and as the engine's own, and the faster kept.
     """
 
     profiles: tuple[ShapeProfile, ...]
     dtype: DType = DType.FP32
     backend: str = "openvino"
     step_cache: bool = False
+    refittable: bool = False
+    portable: bool = False
+    tune: bool = False
 
     def __post_init__(self) -> None:
         if not self.profiles:

@@ -4,7 +4,7 @@ Decided by what each op reads, and by what `rt.export.observe` measured on the m
 - products (linear, convolution, attention, embedding) compute in half;
 - a norm that would lose more than a few roundings of its result computes in fp32;
 - any op that gives or reads a value near the end of the format's range computes in fp32;
-- int8 operands stay as they are, and so do the products that read them;
+- int8 operands stay as they are, and so do the products that read them; what reads fp8 computes in half;
 - the rest follows its inputs.
 Inputs and outputs of the graph stay fp32.
 """
@@ -22,10 +22,15 @@ from torch.utils._pytree import tree_map_only
 from rt.config import DType
 from rt.export.observe import Observation
 from rt.export.operators import HALVES
-from rt.export.passes.quantize import DEQUANTIZED, ROUNDED
+from rt.export.passes.quantize import DEQUANTIZED, DEQUANTIZED_FP8, ROUNDED, ROUNDED_FP8
 
 aten = torch.ops.aten
-HALF = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16, DType.INT8: torch.bfloat16}
+HALF = {
+    DType.FP16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.INT8: torch.bfloat16,
+    DType.FP8: torch.float16,
+}
 """What the floats of a build are cast to; in an int8 build those of the fused graph."""
 
 _PRODUCTS = {
@@ -37,6 +42,7 @@ _PRODUCTS = {
     aten.baddbmm.default,
     aten.embedding.default,
     aten.scaled_dot_product_attention.default,
+    ROUNDED_FP8,
 }
 # Inputs at run time are larger than those measured at the build; two bits of headroom.
 _HEADROOM = 4.0
@@ -52,7 +58,7 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
     """
     half = HALF[dtype]
     format = torch.finfo(half)
-    limit = format.max / _HEADROOM
+    limit = in_range(half)
     wide = {name for name, value in seen.magnitudes.items() if value > limit}
     rounded = {node.name for node in module.graph.nodes if node.target in (ROUNDED, DEQUANTIZED)}
     reads = {user.name for node in module.graph.nodes if node.target is DEQUANTIZED for user in node.users}
@@ -85,6 +91,11 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
     return _Cast(module, half, islands, wide), tuple(words)
 
 
+def in_range(half: torch.dtype) -> float:
+    """The largest absolute value, of those measured at the build, that the format is trusted with."""
+    return torch.finfo(half).max / _HEADROOM
+
+
 class _Cast(nn.Module):
     def __init__(self, module: fx.GraphModule, half: torch.dtype, islands: set[str], wide: set[str]) -> None:
         super().__init__()
@@ -115,6 +126,9 @@ class _CastInterpreter(fx.Interpreter):
         if name in policy.islands:
             result = super().call_function(target, *_to(torch.float32, (args, kwargs)))
             return result if name in policy.wide else _to(policy.format, result)
+        if target is DEQUANTIZED_FP8:
+            weight, scale, _ = args
+            return super().call_function(target, (weight, scale, policy.format), kwargs)
         if target in HALVES:
             count = HALVES[target]
             args = (*_to(policy.format, args[:count]), *args[count:])
@@ -143,7 +157,7 @@ def _weight(module: fx.GraphModule, node: fx.Node, half: torch.dtype, islands: s
         user.name in islands or node in user.args[HALVES.get(user.target, len(user.args)) :]
         for user in node.users
     )
-    if not isinstance(value, nn.Parameter) or wide:
+    if not isinstance(value, nn.Parameter) or value.dtype is not torch.float32 or wide:
         return value
     return nn.Parameter(value.to(half), requires_grad=False)
 

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from rt.backends.base import Array, Availability, Backend, DeviceBackend, DeviceEngine, Engine, Form
 from rt.backends.openvino_cpu import OpenVINO
 from rt.backends.ort_cpu import OnnxRuntime
+from rt.backends.tensorrt import CLASSIC, RTX, TensorRT
 from rt.config import DType
 from rt.errors import BackendUnavailableError, ConfigError, nearest
 
 __all__ = [
     "AUTO",
     "BACKENDS",
+    "ON_HOST",
     "Array",
     "Availability",
     "Backend",
@@ -22,13 +24,17 @@ __all__ = [
     "Engine",
     "Form",
     "choose",
+    "choose_target",
     "cpu_count",
     "get",
 ]
 
 AUTO = "auto"
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OpenVINO(), OnnxRuntime())}
+_ALL: tuple[Backend, ...] = (TensorRT(CLASSIC), TensorRT(RTX), OpenVINO(), OnnxRuntime())
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 """By name, the preferred first."""
+ON_HOST = tuple(backend.name for backend in _ALL if not isinstance(backend, DeviceBackend))
+"""Those that need no GPU."""
 
 
 def get(name: str) -> Backend:
@@ -68,16 +74,35 @@ def choose(
             raise ConfigError(f"{name} cannot run this bundle: {reason}")
         return backend, f"{name}: as asked"
     passed_over: list[str] = []
+    unmentioned: list[str] = []
     for candidate in sorted(BACKENDS.values(), key=lambda backend: backend.name != preferred):
-        problem = candidate.available().problem or candidate.refuses(dtype) or unfit(candidate)
+        availability = candidate.available()
+        problem = availability.problem or candidate.refuses(dtype) or unfit(candidate)
         if not problem:
             why = "".join(f"; not {other}" for other in passed_over)
             return (
                 candidate,
                 f"{candidate.name}: computes {dtype.value} graphs in {_arithmetic(candidate, dtype)}{why}",
             )
-        passed_over.append(f"{candidate.name} ({problem})")
-    raise BackendUnavailableError(f"no engine can run {dtype.value} graphs: {'; '.join(passed_over)}")
+        # Most machines have no GPU, and nobody there asked for one.
+        expected = candidate.name in (preferred, *ON_HOST) or availability.version is not None
+        (passed_over if expected else unmentioned).append(f"{candidate.name} ({problem})")
+    raise BackendUnavailableError(
+        f"no engine can run {dtype.value} graphs: {'; '.join([*passed_over, *unmentioned])}"
+    )
+
+
+def choose_target(name: str, dtype: DType) -> tuple[Backend, str]:
+    """The backend to build for: as `choose`, but one asked for by name may lack its GPU, which only running needs.
+
+    Raises:
+        BackendUnavailableError, ConfigError: As `choose`.
+    """
+    if name != AUTO and (backend := get(name)).available().version is not None:
+        if reason := backend.refuses(dtype):
+            raise ConfigError(f"{name} cannot run {dtype.value} graphs: {reason}")
+        return backend, f"{name}: as asked"
+    return choose(name, dtype)
 
 
 def _arithmetic(backend: Backend, dtype: DType) -> str:

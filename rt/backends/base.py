@@ -26,6 +26,10 @@ class Form(str, Enum):
     """A graph of standard operators: every backend that reads ONNX runs it."""
     FUSED = "fused.onnx"
     """The same with the operators `rt::…`, for a backend that has kernels for them."""
+    TENSORRT = "tensorrt.plan"
+    """TensorRT's serialized engine, weights and kernels inside; good for its version and the GPUs it was built for."""
+    TENSORRT_RTX = "tensorrt-rtx.plan"
+    """The same of TensorRT for RTX, which finishes it for the GPU when it loads."""
 
 
 class Engine(Protocol):
@@ -71,13 +75,18 @@ class DeviceEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Availability:
-    """Whether a backend can be used here: its version, or the reason why not and what would help."""
+    """Whether a backend can be used here: its version, or the reason why not and what would help.
+
+    Attributes:
+        version: Of the library, None where it is not installed or does not load.
+        problem: Why nothing runs here. With a version it is the device that is missing: plans can still be built.
+    """
 
     version: str | None
     problem: str = ""
 
     def __bool__(self) -> bool:
-        return self.version is not None
+        return not self.problem
 
 
 def broken(version: str, error: Exception) -> Availability:

@@ -46,8 +46,8 @@ class OnnxRuntime:
         return "its CPU kernels do not compute bf16; use --backend openvino or rebuild with --fp16 or --dtype fp32"
 
     def arithmetic(self, dtype: DType) -> str:
-        """The format of the graph; that of an int8 graph's floats is f32."""
-        return "f16" if dtype is DType.FP16 else "f32"
+        """The format of the graph's floats, which in an int8 graph is f32."""
+        return "f16" if dtype in (DType.FP16, DType.FP8) else "f32"
 
     def forms(self, dtype: DType) -> tuple[Form, ...]:
         """Plain graphs: it would inline fused operators."""

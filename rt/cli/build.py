@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from rt.backends import AUTO, BACKENDS, choose
+from rt.backends import AUTO, BACKENDS, choose_target
 from rt.bundle import Bundle
 from rt.config import BuildConfig, DType
 from rt.errors import ConfigError
@@ -42,6 +42,13 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
     help="U-Net in int8 with calibrated activations, the rest in bfloat16 where the processor has it.",
 )
 @click.option(
+    "--fp8",
+    "dtypes",
+    flag_value="fp8",
+    multiple=True,
+    help="U-Net's linear layers in float8 (e4m3), calibrated, the rest in float16; for NVIDIA GPUs from Ada on.",
+)
+@click.option(
     "--dtype", type=click.Choice([d.value for d in DType]), help="The same, by name.  [default: fp32]"
 )
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
@@ -55,6 +62,16 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
     "--batch-size", type=whole_numbers, metavar=_LIST, default=(), help="Pictures at once, such as 1,4."
 )
 @click.option("--step-cache", is_flag=True, help="Also the shallow steps for rt run --step-cache.")
+@click.option("--refittable", is_flag=True, help="TensorRT: plans whose weights --refit can replace.")
+@click.option("--portable", is_flag=True, help="TensorRT: plans for every GPU since Ampere.")
+@click.option("--tune", is_flag=True, help="TensorRT: time our kernels against its own, keep the faster.")
+@click.option(
+    "--refit",
+    "donor",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="TensorRT: refit the plans of this --refittable bundle of the same model, such as with another --lora.",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--variant", help="Weights variant, such as fp16.")
 @click.option("--tokenizer", help="Folder or hub id of the vocabulary, for a single file.")
@@ -73,6 +90,10 @@ def command(
     width: tuple[int, ...],
     batch_size: tuple[int, ...],
     step_cache: bool,
+    refittable: bool,
+    portable: bool,
+    tune: bool,
+    donor: Path | None,
     revision: str | None,
     variant: str | None,
     tokenizer: str | None,
@@ -89,7 +110,7 @@ def command(
     """
     started = time.perf_counter()
     chosen = _dtype(dtypes, dtype)
-    engine, why = choose(backend, chosen)
+    engine, why = choose_target(backend, chosen)
     with needs("build", "rt build"):
         from rt.export.build import build, default_profiles
         from rt.export.checkpoint import open_checkpoint
@@ -111,8 +132,12 @@ def command(
         dtype=chosen,
         backend=engine.name,
         step_cache=step_cache,
+        refittable=refittable,
+        portable=portable,
+        tune=tune,
     )
-    bundle = build(checkpoint, output, config, force=force, quiet=quiet)
+    opened = None if donor is None else Bundle.open(donor)
+    bundle = build(checkpoint, output, config, donor=opened, force=force, quiet=quiet)
     _report(bundle, why, time.perf_counter() - started)
     click.echo(output)
 
@@ -121,15 +146,14 @@ def _dtype(flags: tuple[str, ...], name: str | None) -> DType:
     asked = {*flags, *([name] if name else [])}
     if len(asked) > 1:
         raise ConfigError(
-            f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --int8, --dtype"
+            f"{' and '.join(sorted(asked))} exclude each other; give one of --fp16, --bf16, --int8, --fp8, --dtype"
         )
     return DType(asked.pop()) if asked else DType.FP32
 
 
 def _report(bundle: Bundle, why: str, seconds: float) -> None:
     for engine in bundle.manifest.engines:
-        worst = max(engine.error.values())
-        logger.info("%s: %.1e from torch (%s)", engine.name, worst, engine.verified_with)
+        logger.info("%s: %s", engine.name, engine.accuracy)
         for record in engine.passes:
             logger.info("%s: %s", engine.name, record)
     size = sum(record.size_bytes for record in bundle.manifest.files.values()) / 2**20

@@ -11,7 +11,7 @@ import click
 from rt.bundle import MANIFEST, Bundle, Manifest
 from rt.config import DType
 
-_KEPT = {dtype: "in fp32" for dtype in DType} | {DType.INT8: "not in int8"}
+_KEPT = {dtype: "in fp32" for dtype in DType} | {DType.INT8: "not in int8", DType.FP8: "not in fp8"}
 
 
 @click.command(short_help="Say what a bundle is.")
@@ -43,9 +43,7 @@ def _describe(manifest: Manifest) -> list[str]:
     ]
     width = max(len(engine.name) for engine in manifest.engines)
     for engine in manifest.engines:
-        lines.append(
-            f"  {engine.name:<{width}}  {max(engine.error.values()):.1e} from torch with {engine.verified_with}"
-        )
+        lines.append(f"  {engine.name:<{width}}  {engine.accuracy}")
         lines += [f"  {'':<{width}}  {_KEPT[engine.dtype]}: {island}" for island in engine.islands]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     lines += textwrap.wrap(versions, 80, initial_indent="with       ", subsequent_indent=" " * 11)

@@ -423,6 +423,25 @@ def test_half_precision_is_half_the_size_and_says_how_far_it_is(
         assert half.files[engine.weights].size_bytes < 0.65 * full.files[engine.weights].size_bytes
 
 
+def test_a_decoder_whose_stream_leaves_fp16_is_scaled_into_it(tmp_path: Path) -> None:
+    """As SDXL's does, which is otherwise decoded in fp32, or black."""
+
+    def loud(module: nn.Module) -> None:
+        if isinstance(module, VAE):
+            enter = nn.Conv2d(4, 32, 3, padding=1)
+            with torch.no_grad():
+                enter.weight.mul_(1e6)
+            leave = nn.ConvTranspose2d(32, 3, 4, stride=4)
+            module.conv = nn.Sequential(enter, nn.GroupNorm(8, 32), nn.SiLU(), leave)  # type: ignore[assignment]
+
+    manifest = build(toy(loud), tmp_path / "bundle", config(dtype=DType.FP16)).manifest
+    rescaled = {e.component for e in manifest.engines if "rescale" in [each.name for each in e.passes]}
+    assert rescaled == {Component.VAE_DECODER}
+    decoder = next(e for e in manifest.engines if e.component is Component.VAE_DECODER)
+    assert not any("reach" in island for island in decoder.islands)
+    assert max(decoder.error.values()) < 5e-3
+
+
 def test_the_tiny_model_opens(tiny_bundle: Path) -> None:
     checkpoint = open_checkpoint("synthetic:tiny")
     assert Bundle.open(tiny_bundle).manifest.config.profiles == default_profiles(checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from rt.config import DType
 from rt.errors import BuildError, NumericsError
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, norm_loss, observe
-from rt.export.passes.cast import cast
+from rt.export.passes.cast import cast, in_range
 from rt.export.passes.cost import cost, moved
 from rt.export.passes.fold import fold
 from rt.export.passes.hoist import hoist
+from rt.export.passes.rescale import rescale
 from rt.export.passes.shallow import split_shallow
 from rt.export.passes.shapes import value
 from rt.export.passes.simplify import simplify
@@ -495,3 +497,80 @@ def test_flops_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         net(x)
     assert cost(program(net, x=x).module).flops == counter.get_total_flops()
+
+
+class Stream(nn.Module):
+    """A residual stream far beyond fp16 between norms, as in an autoencoder's decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.norms = nn.ModuleList([nn.GroupNorm(8, 32), nn.GroupNorm(8, 32), nn.GroupNorm(8, 16)])
+        self.inner, self.outer = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+        self.narrow = nn.Conv2d(32, 16, 1, bias=False)
+        self.query, self.out = nn.Linear(32, 32), nn.Linear(32, 32)
+        with torch.no_grad():
+            for layer in (self.enter, self.inner, self.outer, self.out):
+                layer.weight.mul_(1e5)
+                layer.bias.mul_(1e5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        x = self.enter(x)
+        x = x + self.outer(
+            nn.functional.silu(self.norms[1](self.inner(nn.functional.silu(self.norms[0](x)))))
+        )
+        tokens = self.norms[0](x).flatten(2).transpose(1, 2)
+        x = x + self.out(torch.softmax(self.query(tokens), -1)).transpose(1, 2).reshape(x.shape)
+        x = self.narrow(nn.functional.interpolate(x, scale_factor=2.0)) / 2
+        return (self.leave(nn.functional.silu(self.norms[2](x))),)
+
+
+@pytest.mark.parametrize("net", [Stream(), Loud()], ids=["stream", "loud"])
+def test_rescale_is_exact_and_leaves_fp16_no_island_for_its_range(net: nn.Module) -> None:
+    x = torch.randn(2, 4, 8, 8) if isinstance(net, Stream) else torch.randn(8, 32)
+    before = program(net, x=x)
+    seen = observe(before, torch.float16)
+    expected = before.module(x=x)[0]
+    limit = in_range(torch.float16)
+    assert max(seen.magnitudes.values()) > 1e5
+    _, islands = cast(program(net, x=x).module, DType.FP16, seen)
+    assert any("reach" in island for island in islands)
+
+    after = rescale(before.module, seen, limit)
+    assert torch.equal(after(x=x)[0], expected), "a power of two changes no digit"
+    fresh = torch.randn_like(x)
+    torch.testing.assert_close(after(x=fresh)[0], net(fresh)[0], rtol=1e-5, atol=1e-5)
+    scaled = observe(replace(before, module=after), torch.float16)
+    assert max(scaled.magnitudes.values()) <= limit
+    module, islands = cast(after, DType.FP16, scaled)
+    assert not any("reach" in island for island in islands)
+    got = module(x=x)[0]
+    assert got.isfinite().all()
+    assert (got - expected).norm() < 5e-3 * expected.norm()
+    assert torch.equal(net(x)[0], expected), "the network's own weights stay as they were"
+
+
+class Mixed(nn.Module):
+    """Beyond fp16 where no scale can pass: an activation, a product of two, the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise = nn.Linear(32, 32)
+        with torch.no_grad():
+            self.rise.weight.mul_(3e5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        h = self.rise(x)
+        return (nn.functional.silu(h) + self.rise(x) * x,)
+
+
+def test_rescale_touches_nothing_where_a_scale_cannot_pass() -> None:
+    before = program(Mixed(), x=torch.randn(8, 32))
+    code = before.module.code
+    after = rescale(before.module, observe(before), in_range(torch.float16))
+    assert after is before.module and after.code == code
+
+
+def test_rescale_touches_nothing_that_is_in_range() -> None:
+    before = program(Stream(), x=torch.randn(2, 4, 8, 8) * 0)
+    assert rescale(before.module, observe(before), 1e9) is before.module

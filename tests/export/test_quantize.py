@@ -1,4 +1,4 @@
-"""int8: what the pass rewrites, what engines make of it, and what calibration chooses."""
+"""int8 and fp8: what the pass rewrites, what engines make of it, and what calibration chooses."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from rt.bundle import Bundle
 from rt.config import DType
 from rt.export.calibrate import Calibration, costly
 from rt.export.lower import WeightFile, lower
-from rt.export.passes.quantize import Range, products, quantize
+from rt.export.observe import observe
+from rt.export.passes.cast import cast
+from rt.export.passes.quantize import FP8, INT8, Range, products, quantize
 from rt.export.program import Program
 from rt.model import Component
+from rt.shapes import TensorSpec
 from rt.verify import TOLERANCE, compare
 
 
@@ -67,7 +70,7 @@ def ranges(program: Program) -> dict[str, Range]:
                 return env[n]
 
         Watch(program.module).run(*program.inputs.values())
-        for name, node in products(program.module).items():
+        for name, node in products(program.module, INT8).items():
             seen[name] = Range.of(env[node.all_input_nodes[0]])
     return seen
 
@@ -178,7 +181,7 @@ def test_what_costs_much_error_and_saves_little_work_stays_in_floats() -> None:
     seen = dict.fromkeys((name for name, _ in module.named_parameters() if "weight" in name), Range.of(x))
     with torch.no_grad():
         kept = costly(module, seen, {"x": x})  # type: ignore[arg-type]
-    calibration = Calibration(ranges=seen, kept=kept)
+    calibration = Calibration(bits=INT8, ranges=seen, kept=kept)
     (words,) = calibration.islands(module)  # type: ignore[arg-type]
     assert calibration.chosen == seen.keys() - {"small.weight"}
     assert words == "1 of 5 products: 100% of its squared error, 0.4% of the work"
@@ -194,6 +197,82 @@ def test_a_cheap_product_that_costs_nothing_goes_to_int8() -> None:
     with torch.no_grad():
         kept = costly(module, seen, {"x": x})  # type: ignore[arg-type]
     assert "small.weight" not in kept
+
+
+@pytest.fixture
+def linear(ranges: dict[str, Range]) -> dict[str, Range]:
+    """What fp8 covers."""
+    return {f"{name}.weight": ranges[f"{name}.weight"] for name in ("query", "key", "value")}
+
+
+def test_linear_layers_are_close_in_fp8_and_convolutions_stay(
+    program: Program, ranges: dict[str, Range], linear: dict[str, Range]
+) -> None:
+    assert products(program.module, FP8).keys() == linear.keys()
+    with torch.no_grad():
+        (exact,) = program.module(**program.inputs)
+        module = quantize(program.module, ranges, bits=FP8)
+        assert torch.equal(
+            quantize(program.module, linear, bits=FP8)(**program.inputs)[0], module(**program.inputs)[0]
+        )
+        error = distance(module(**program.inputs)[0], exact)
+    kinds = {name: value.dtype for name, value in module.named_parameters()}
+    assert [kinds[f"{name}_weight_fp8"] for name in ("query", "key", "value")] == [torch.float8_e4m3fn] * 3
+    assert kinds["first.weight"] == torch.float32
+    assert 1e-4 < error < 3e-2
+
+
+@pytest.mark.parametrize("end", [1.0, 448.0, 1e4, 1e-4])
+def test_a_range_in_fp8_keeps_its_ends_and_saturates_beyond(end: float) -> None:
+    seen = Range.of(torch.tensor([-end, end / 3]))
+    x = torch.tensor([-end, 0.0, end, 2 * end, end / 16])
+    rounded = torch.ops.rt.rounded_fp8(x, seen.largest / 448)
+    torch.testing.assert_close(rounded, torch.tensor([-end, 0.0, end, end, end / 16]), rtol=2**-4, atol=0.0)
+    assert rounded[:4].tolist() == pytest.approx([-end, 0.0, end, end], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines_agree_with_torch_on_an_fp8_graph_whose_rest_is_fp16(
+    program: Program, linear: dict[str, Range], tmp_path: Path, name: str
+) -> None:
+    module, islands = cast(
+        quantize(program.module, linear, bits=FP8), DType.FP8, observe(program, torch.float16)
+    )
+    assert islands == ()
+    with torch.no_grad():
+        (expected,) = module(**program.inputs)
+        (exact,) = program.module(**program.inputs)
+    path = written(program, module, tmp_path)
+    onnx.checker.check_model(path, full_check=True)
+    graph = onnx.load(path).graph
+    stored = [tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) == 64 * 64]
+    assert stored == [onnx.TensorProto.FLOAT8E4M3FN] * 3
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path)).graph.value_info
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred}
+    reads = [types[node.input[0]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert reads == [onnx.TensorProto.FLOAT16], "queries, keys and values read one tensor, in half"
+    specs = [TensorSpec(name=key, shape=tuple(value.shape)) for key, value in program.inputs.items()]
+    outputs = [TensorSpec(name="y", shape=tuple(expected.shape))]
+    engine = get(name).load(path, specs, outputs, dtype=DType.FP8, threads=1)
+    np.copyto(engine.inputs["x"], program.inputs["x"].numpy())
+    engine.enqueue()
+    got = torch.from_numpy(engine.outputs["y"])
+    assert distance(got, expected) < 1e-2
+    assert distance(got, exact) < 3e-2
+
+
+@pytest.mark.slow
+def test_an_fp8_bundle_has_its_linear_layers_in_fp8_and_is_near(
+    build_bundle: Callable[..., Path], demo_model: Path
+) -> None:
+    path = build_bundle(demo_model, dtype="fp8")
+    for record in Bundle.open(path).manifest.engines:
+        kinds = {tensor.data_type for tensor in onnx.load(path / record.forms[Form.ONNX]).graph.initializer}
+        assert (onnx.TensorProto.FLOAT8E4M3FN in kinds) == (record.component is Component.UNET)
+        assert (onnx.TensorProto.FLOAT16 in kinds) == (record.component is not Component.UNET_TIME)
+        assert max(record.error.values()) < TOLERANCE[DType.FP8] / 2
+        if record.component is Component.UNET:
+            assert max(record.error.values()) > 2e-3
 
 
 @pytest.fixture(scope="module")

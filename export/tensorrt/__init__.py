@@ -1,0 +1,1 @@
+"""Graphs to TensorRT's plans, in both flavours."""
