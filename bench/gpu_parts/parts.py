@@ -18,12 +18,12 @@ TITLES = {
 
 PARTS = (
     Part(name="ceilings", title="What the machine can do", minutes=0.5, module="ceilings"),
-    Part(name="kernels", title="Kernels", minutes=5.0, module="kernels"),
-    Part(name="payloads", title="Plugin payloads", minutes=1.0, module="payloads"),
+    Part(name="kernels", title="Kernels", minutes=3.5, module="kernels"),
+    Part(name="payloads", title="Plugin payloads", minutes=0.5, module="payloads"),
     Part(name="demo", title="The demo model against the CPU", minutes=1.5, module="demo"),
-    _model("sd15", 5.0),
-    _model("sdxl", 7.0),
-    _model("sdxl-turbo", 5.0),
-    _model("sd21", 4.0),
+    _model("sd15", 4.0),
+    _model("sdxl", 6.0),
+    _model("sdxl-turbo", 4.0),
+    _model("sd21", 2.5),
     Part(name="fp8", title="Linear layers in fp8", minutes=0.5, module="fp8"),
 )

@@ -1,9 +1,9 @@
-"""What TensorRT plugins and our loop carry: cubins compiled ahead of time, launched through the driver alone.
+"""What TensorRT plugins and our loop carry: code compiled ahead of time, launched through the driver alone.
 
 Each kernel is compiled for this GPU without Triton's launcher, loaded from its bytes, and called with the arguments of
-a plugin, inputs, then 32-bit integers, then outputs, in memory of the driver's that begins as NaN. Two cases of each:
-the smallest of its tests and the first workload. In a dry run kernels are compiled for an H100, and the stand-in for
-the driver runs the reference in their place.
+a plugin, inputs, then 32-bit integers, then outputs, in memory of the driver's that begins as NaN. So is the cubin that
+the loop loads, and the PTX that a plan embeds. Two cases of each: the smallest of its tests and the first workload. In a
+dry run kernels are compiled for an H100, and the stand-in for the driver runs the reference in their place.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ def run(context: Context) -> Iterator[Figures]:
             expected = spec.reference(*map(_exact, drawn.values()), **case.attributes)
             if isinstance(device, HostDevice):
                 device = HostDevice({spec.name: partial(_stand_in, expected)}, capability=device.capability)
-            given = _launch(device, compiled.image, compiled.cubin, spec, case, drawn)
-            error = max(map(_difference, given, expected))
+            error = 0.0
+            for code in (compiled.cubin, compiled.ptx.encode() + b"\0"):
+                given = _launch(device, compiled.image, code, spec, case, drawn)
+                error = max(error, *map(_difference, given, expected))
             rows.append(
                 {
                     "kernel": spec.name,
@@ -70,7 +72,7 @@ def _chosen(spec: KernelSpec, *, dry: bool) -> list[Case]:
 def _launch(
     device: Device,
     image: KernelImage,
-    cubin: bytes,
+    code: bytes,
     spec: KernelSpec,
     case: Case,
     drawn: Mapping[str, Tensor],
@@ -86,7 +88,7 @@ def _launch(
         arrays[argument.name] = device.allocate(shape, dtype)
         device.upload(arrays[argument.name], host, stream)
     inputs, outputs = ([arrays[argument.name] for argument in group] for group in (spec.inputs, spec.outputs))
-    device.load(image, cubin).launch(stream, case.sizes, inputs, outputs)
+    device.load(image, code).launch(stream, case.sizes, inputs, outputs)
     for argument in spec.outputs:
         device.download(pinned[argument.name], arrays[argument.name], stream)
     device.synchronise(stream)

@@ -240,7 +240,8 @@ def _remarks(candidates: Mapping[str, Any]) -> str:
     if "gap_us" in trace:
         note += (
             f" Between two steps of ours the GPU waits {trace['gap_us']:.1f} us, {trace['gap_percent']:.2f} % "
-            f"of a step of {trace['step_us'] / 1e3:.3g} ms, and the host waits {trace['synchronisations']} times for the GPU."
+            f"of a step of {trace['step_us'] / 1e3:.3g} ms, and the host waits {trace['synchronisations']} times "
+            "for it."
         )
     return note
 

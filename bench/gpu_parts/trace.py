@@ -33,8 +33,8 @@ def observe(call: Callable[[], object], file: Path) -> dict[str, float]:
 def summary(events: Iterable[Event]) -> dict[str, float]:
     """Figures of a trace of one picture; empty where it has no work of a GPU.
 
-    A step is a launch that ran several kernels, as graphs do: of these the largest kind that comes more than once. Where
-    each kernel was launched by itself there are no figures of steps.
+    A step is a launch that ran several kernels, as graphs do: of these the largest kind that comes more than once.
+    Where each kernel was launched by itself there are no figures of steps.
 
     Returns:
         kernels: Kernels, copies and fills on the device.
