@@ -25,5 +25,6 @@ PARTS = (
     _model("sdxl", 6.0),
     _model("sdxl-turbo", 4.0),
     _model("sd21", 2.5),
+    Part(name="ablation", title="What each pass and each graph is worth", minutes=1.5, module="ablation"),
     Part(name="fp8", title="Linear layers in fp8", minutes=0.5, module="fp8"),
 )

@@ -2,8 +2,8 @@
 
 Each kernel is compiled for this GPU without Triton's launcher, loaded from its bytes, and called with the arguments of
 a plugin, inputs, then 32-bit integers, then outputs, in memory of the driver's that begins as NaN. So is the cubin that
-the loop loads, and the PTX that a plan embeds. Two cases of each: the smallest of its tests and the first workload. In a
-dry run kernels are compiled for an H100, and the stand-in for the driver runs the reference in their place.
+the loop loads, and the PTX that a plan embeds. Two cases of each: the smallest of its tests and the first workload. In
+a dry run kernels are compiled for an H100, and the stand-in for the driver runs the reference in their place.
 """
 
 from __future__ import annotations

@@ -246,6 +246,22 @@ def _remarks(candidates: Mapping[str, Any]) -> str:
     return note
 
 
+def _ablation(figures: Figures, ceilings: Figures) -> Table:
+    """Each step's time, with its ratio to the first of its kind."""
+    first = figures["passes"][0]["time"]["median_s"]
+    rows: Rows = []
+    for row in figures["passes"]:
+        seconds = row["time"]["median_s"]
+        name = row["pass"] if not rows else f"+ {row['pass']}"
+        cells = (_time(seconds), f"{first / seconds:.2f}", f"{row['flops'] / 1e9:.3g}", f"{row['error']:.1e}")
+        rows.append((name, *cells))
+    launching = figures.get("launching", {})
+    for name, samples in launching.items():
+        ratio = launching["no graph"]["median_s"] / samples["median_s"]
+        rows.append((f"compiled, {name}", _time(samples["median_s"]), f"{ratio:.2f}", "", ""))
+    return ("guided step of SD 1.5", "time", "×", "GFLOP", "error"), rows, ""
+
+
 def _fp8(figures: Figures, ceilings: Figures) -> Table:
     names = ("fp16", "fp8", "fp8 with cast")
     rows = [
@@ -265,6 +281,7 @@ _TABLES: Mapping[str, Callable[[Figures, Figures], Table]] = {
     "payloads": _payloads,
     "demo": _demo,
     "models": _model,
+    "ablation": _ablation,
     "fp8": _fp8,
 }
 
