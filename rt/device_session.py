@@ -122,12 +122,11 @@ class DeviceSession:
             ConfigError: Only some rows have guidance.
             MemoryError: The buffers do not fit into the memory of the device.
         """
-        device, stream = self._place.device, self._place.stream
-        device.activate()
+        self._place.device.activate()
         all_guided(rows)
-        if self._run is not None and self._run.under_way:
-            device.synchronise(stream)  # it may still read what is about to be written on the host
-        self._run = None
+        self._run = (
+            None  # if nobody has read it, the device may see a mix of both in it until this one begins
+        )
         self._time.prepare(moments(rows))
         buffers, graphs = self._room(rows)
         self._run = Run(self._engines, self._place, buffers, graphs, self._kernels, rows, self._shape)

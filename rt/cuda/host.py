@@ -2,7 +2,7 @@
 
 Nothing that is enqueued runs before the host waits for it. So a buffer that is read before its download is due, or
 written over before its upload is, gives a wrong result here every time, where a GPU would give one now and then.
-Fresh memory is NaN; freed memory, and memory that nobody allocated, cannot be read.
+Fresh memory, of the device and page-locked, is NaN; freed memory, and memory that nobody allocated, cannot be read.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ class HostDevice:
     def pinned(self, shape: Sequence[int], dtype: str) -> Array:
         """See `Device`."""
         self._outside_capture("pinned")
-        array: Array = np.zeros(tuple(shape), storage(dtype))
+        array: Array = np.empty(tuple(shape), storage(dtype))
+        array.reshape(-1).view(np.uint8).fill(0xFF)
         self._pinned[array.ctypes.data] = array
         self._note("pinned")
         return array

@@ -38,7 +38,6 @@ class Run:
     Attributes:
         rows: As given.
         calls: U-Net calls so far.
-        under_way: Whether the device may still be at work, and so may read memory of the host.
 
     Raises:
         ConfigError: Only some rows have guidance.
@@ -54,7 +53,7 @@ class Run:
         rows: Sequence[Row],
         shape: tuple[int, ...],
     ) -> None:
-        self.rows, self.calls, self.under_way = rows, 0, False
+        self.rows, self.calls = rows, 0
         self.progress = [RowProgress(self, index, row.schedule) for index, row in enumerate(rows)]
         self._engines, self._place, self._buffers = engines, place, buffers
         self._graphs, self._kernels, self._shape = graphs, kernels, shape
@@ -67,7 +66,6 @@ class Run:
 
     def upload(self, times: TimeTable) -> None:
         """Everything that the steps read, but their noise. `times` knows the moments of all rows."""
-        self.under_way = True
         self._write_tables()
         around = [
             None if row.inpainting is None else (row.inpainting.mask, row.inpainting.around(row.noise))
@@ -119,7 +117,6 @@ class Run:
         broken_at = self._buffers.broken
         broken_at.fetch()
         self._place.device.synchronise(self._place.stream)
-        self.under_way = False
         faults = [(int(step), row) for row, step in enumerate(broken_at.host[: len(self.rows)]) if step]
         if not faults:
             return
@@ -204,15 +201,13 @@ class Run:
         """Each text once, its keys and values straight into the inputs of every program."""
         engine = self._engines.on_device(Component.UNET_CONTEXT)
         target, staged = engine.inputs["context"], self._buffers.texts
-        # Rows without a picture repeat the last one's text.
-        pictures = [*self.rows, *[self.rows[-1]] * (len(self._buffers.length.host) - len(self.rows))]
         texts = dict.fromkeys(side for row in self.rows for side in row.sides(guided=True))
         for index, text in enumerate(texts):
             staged[index] = encode(text.states[None], target.dtype)
             self._place.device.upload(target, staged[index], self._place.stream)
             engine.enqueue(self._place.stream)
             for (_, guided), unet in programs.items():
-                for picture, row in enumerate(pictures):
+                for picture, row in enumerate(self.rows):
                     for place, side in enumerate(row.sides(guided=guided)):
                         if side is text:
                             unet.take_context(picture, place, engine.outputs)

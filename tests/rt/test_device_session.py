@@ -321,6 +321,14 @@ def test_the_decoder_must_give_numbers(engines, session, rng):
             read()
 
 
+def test_a_run_that_nobody_reads_does_not_matter(session, rng):
+    """The next one is enqueued behind it, while its uploads may still be to come."""
+    makes = recipes(rng, guided=True)
+    session.run([make() for make in makes])
+    some = makes[1:3]
+    assert_same(session.denoise([make() for make in some]), host([make() for make in some]))
+
+
 def test_rows_with_guidance_and_without_do_not_mix(session, rng):
     rows = [recipes(rng, guided=True)[0](), recipes(rng, guided=False)[0]()]
     with pytest.raises(ConfigError, match="cannot share a run"):
