@@ -88,6 +88,6 @@ SPEC = KernelSpec(
     ),
     workloads=WORKLOADS,
     tolerance={"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5},
-    budget=Budget(registers=64, shared_bytes=0),
+    budget=Budget(registers=44, shared_bytes=0),
     alternatives={"eager": eager},
 )

@@ -133,7 +133,7 @@ SPEC = KernelSpec(
     },
     flops=lambda case: 4 * case.sizes["rows"] * case.sizes["inner"] * case.sizes["features"],
     tolerance={"float16": 1e-3, "bfloat16": 8e-3},
-    budget=Budget(registers=64, shared_bytes=0),
+    budget=Budget(registers=156, shared_bytes=98304),
     examples={"weight": small_weights},
     alternatives={"eager": eager},
 )

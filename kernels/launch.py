@@ -1,7 +1,7 @@
 """Run a kernel on torch tensors, on a GPU or in Triton's interpreter, and hold it to its reference.
 
-Tensors lie between guards, and what is written starts as poison: a value that was not computed, read from beyond the
-end or written there shows as NaN or as a broken guard.
+Outputs start as NaN, or as the largest integer, and each tensor lies between guards. Those of inputs are NaN, too, so
+that a value read from beyond the end shows; those of outputs are numbers that no kernel writes, so that NaN shows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from rt.expression import evaluate
 from rt.kernels.interpreter import widen_products
 from rt.kernels.spec import Case, KernelSpec
 
-GUARD = 512
+GUARD = 4096
 """Bytes before and after each tensor, a multiple of the 16 that kernels may rely on."""
+UNLIKELY = 0xA5
+"""A byte; a number of them is tiny, and finite in every format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,9 @@ def try_case(spec: KernelSpec, case: Case, seed: int, device: str) -> Outcome:
     """Run `case` on values drawn with `seed` and compare; `device` is cuda, or cpu in the interpreter."""
     drawn = draw(spec, case, seed)
     guarded = {
-        argument.name: _Guarded(spec.extent(argument, case), spec.dtype(argument, case), device)
+        argument.name: _Guarded(
+            spec.extent(argument, case), spec.dtype(argument, case), device, read=argument in spec.read
+        )
         for argument in (*spec.inputs, *spec.outputs)
     }
     for name, value in drawn.items():
@@ -110,23 +114,22 @@ def try_case(spec: KernelSpec, case: Case, seed: int, device: str) -> Outcome:
 
 
 class _Guarded:
-    """A poisoned tensor with guards of poison around it, in one allocation."""
+    """A poisoned tensor between guards, in one allocation."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, device: str) -> None:
-        kind = getattr(torch, dtype)
-        self.guard = GUARD // kind.itemsize
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: str, *, read: bool) -> None:
+        kind: torch.dtype = getattr(torch, dtype)
         poison = float("nan") if kind.is_floating_point else torch.iinfo(kind).max
-        count = torch.Size(shape).numel()
-        self.memory = torch.full((count + 2 * self.guard,), poison, dtype=kind, device=device)
-        self.tensor = self.memory[self.guard : self.guard + count].view(shape)
-        self.poison = self._guards()
-
-    def _guards(self) -> Tensor:
-        """The bytes around the tensor."""
-        return torch.cat([self.memory[: self.guard], self.memory[-self.guard :]]).view(torch.uint8)
+        guard, count = GUARD // kind.itemsize, torch.Size(shape).numel()
+        memory = torch.full((count + 2 * guard,), poison, dtype=kind, device=device)
+        self.tensor = memory[guard : guard + count].view(shape)
+        self.guards = [end.view(torch.uint8) for end in (memory[:guard], memory[-guard:])]
+        if not read:
+            for end in self.guards:
+                end.fill_(UNLIKELY)
+        self.before = [end.clone() for end in self.guards]
 
     def intact(self) -> bool:
-        return torch.equal(self._guards(), self.poison)
+        return all(map(torch.equal, self.guards, self.before))
 
 
 def _exact(value: Tensor) -> Tensor:

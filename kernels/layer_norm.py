@@ -89,12 +89,11 @@ SPEC = KernelSpec(
     grid=("cdiv(rows, ROWS)",),
     reference=reference,
     cases=(
-        case(8, 320),
-        case(7, 640, dtype="bfloat16"),  # the last program has a row too many
+        case(7, 320),  # the last program has a row too many
+        case(4, 640, dtype="bfloat16"),
         case(3, 1280),
         case(5, 768, dtype="bfloat16", eps=0.5),
         case(2, 2048),
-        case(1, 3000),  # longer rows than any model's
         case(9, 24, dtype="float32"),
     ),
     workloads={
@@ -112,7 +111,7 @@ SPEC = KernelSpec(
         "sdxl text": case(77, 1280),
     },
     tolerance={"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5},
-    budget=Budget(registers=64, shared_bytes=256),
+    budget=Budget(registers=40, shared_bytes=8192),
     examples={"x": off_centre},
     alternatives={"eager": eager},
 )

@@ -54,6 +54,13 @@ def writes_beyond(x: Tensor, rows: int, y: Tensor) -> None:
     y.as_strided((1,), (1,), y.storage_offset() + y.numel())[0] = 0
 
 
+def computes_beyond(x: Tensor, rows: int, y: Tensor) -> None:
+    right(x, rows, y)
+    beyond = (tensor.as_strided((1,), (1,), tensor.storage_offset() + tensor.numel()) for tensor in (x, y))
+    source, target = beyond
+    target.copy_(2 * source)  # NaN, like what outputs start as
+
+
 def writes_its_input(x: Tensor, rows: int, y: Tensor) -> None:
     right(x, rows, y)
     x.as_strided((1,), (1,), x.storage_offset() - 1)[0] = 0
@@ -106,7 +113,9 @@ def test_a_wrong_value_is_measured():
     assert 0.01 < found.error < 0.1 and not found.passed
 
 
-@pytest.mark.parametrize(("function", "name"), [(writes_beyond, "y"), (writes_its_input, "x")])
+@pytest.mark.parametrize(
+    ("function", "name"), [(writes_beyond, "y"), (computes_beyond, "y"), (writes_its_input, "x")]
+)
 def test_a_write_beyond_the_end_breaks_the_guard(function, name):
     found = outcome(function)
     assert found.error == 0 and found.broken == (name,) and not found.passed
