@@ -97,6 +97,12 @@ def build(
         profile.check_multiple(spec.vae_scale_factor)
     backend, _ = choose_target(config.backend, config.dtype)
     check_options(backend, Request(stage=Path(output), config=config, donor=donor))
+    if problem := backend.available().problem:
+        logger.warning(
+            "%s %s: what is built for it is not run; check it where it will be: rt verify",
+            backend.name,
+            problem,
+        )
     _check_sampler(checkpoint)
     with (
         staged(Path(output), force=force) as stage,
@@ -184,21 +190,14 @@ def _compile(
 
 
 def _verified(record: EngineRecord, stage: Path, backend: Backend) -> EngineRecord:
-    """With its distance from torch, measured by the backend; where it has no device here, by another on the graph."""
+    """With its distance from torch, measured by the backend; if it has no GPU here, by another one on the graph."""
     missing = backend.available().problem
     runner = next(filter(None, map(partial(_runs_here, record.dtype), ON_HOST)), None) if missing else backend
     if runner is None:
-        logger.warning("%s: %s was not verified: %s", record.name, backend.name, missing)
         return replace(record, verified_with=f"not verified: {backend.name} {missing}")
-    how = f"{runner.name} {runner.arithmetic(record.dtype)}"
-    if missing:
-        logger.warning(
-            "%s: the %s form was built and not run: it %s; run there: rt verify",
-            record.name,
-            backend.name,
-            missing,
-        )
-        how += f"; {backend.name} not run: it {missing}"
+    how = f"{runner.name} {runner.arithmetic(record.dtype)}" + (
+        f", {backend.name} not run" if missing else ""
+    )
     return replace(record, error=check(record, stage, runner), verified_with=how)
 
 

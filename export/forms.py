@@ -1,4 +1,4 @@
-"""Forms beyond ONNX: a backend that compiles ahead of time writes its own, once the graphs of a component are on disk."""
+"""Forms beyond ONNX: a backend that compiles ahead of time writes its own when the graphs of a component are there."""
 
 from __future__ import annotations
 

@@ -93,9 +93,9 @@ class EngineRecord:
         reference: Path of test inputs and torch's outputs for them.
         inputs: In the order of the graph.
         outputs: In the order of the graph.
-        error: Relative L2 distance from torch in fp32, per output, measured at the build; empty if nothing could run it.
+        error: Relative L2 distance from torch in fp32, per output, measured at the build; empty if nothing ran it.
         verified_with: Backend and arithmetic of that measurement, such as "openvino f32", or "not verified: " and why.
-            A plan that the build machine could not run stands here, too: "openvino f32; plan not run: " and why.
+            Where the build had no GPU for its backend: "openvino f32, tensorrt-rtx not run".
         islands: Operators that stayed in fp32, or in an int8 graph in floats: how many and why.
         passes: What rewrote the graph, in order.
     """
@@ -131,6 +131,11 @@ class EngineRecord:
     def form(self, backend: Backend) -> str:
         """Path of the form that `backend` runs fastest here; there is one where `Manifest.unfit` says nothing."""
         return self.runnable(backend)[0]
+
+    def files(self, backend: Backend) -> list[str]:
+        """Paths that loading that form reads."""
+        form = next(form for form in backend.forms(self.dtype) if form in self.forms)
+        return [self.forms[form]] if form.holds_weights else [self.forms[form], self.weights]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:

@@ -71,9 +71,7 @@ class Engines:
             BundleError: When the bundle has no such engine.
         """
         missing = [record for record in map(self._find, keys) if record.name not in self._loaded]
-        files = {
-            name for record in missing for name in (record.form(self.backend), record.weights)
-        } - self._verified
+        files = {name for record in missing for name in record.files(self.backend)} - self._verified
         self._bundle.verify(files)
         self._verified |= files
         with ThreadPoolExecutor() as pool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -59,3 +63,28 @@ def demo_bundle(build_bundle: Callable[..., Path], demo_model: Path) -> Path:
 def tiny_bundle(build_bundle: Callable[..., Path]) -> Path:
     """A random model of SD 1.5's shape with few channels, in fp32. Read only."""
     return build_bundle("synthetic:tiny")
+
+
+def _load(name: str) -> ModuleType:
+    """A helper beside this file, which importlib mode does not let a test import."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fake_tensorrt() -> ModuleType:
+    """The module `fake_tensorrt`."""
+    return _load("fake_tensorrt")
+
+
+@pytest.fixture
+def trt(fake_tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A fresh `Fake` in the place of both flavours of TensorRT."""
+    fake = fake_tensorrt.Fake()
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, fake.module(name))
+    return fake

@@ -1,4 +1,4 @@
-"""How an operator `rt::…` of a graph is a kernel: the one's shapes and attributes as the other's sizes and constants."""
+"""How an operator `rt::…` of a graph is a kernel: shapes and attributes of one, sizes and constants of the other."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import Any
 
 from rt.errors import BuildError
-from rt.expression import evaluate
 from rt.export.operators import DOMAIN
 from rt.export.tensorrt.operators import OPERATORS, FusedOperator
+from rt.expression import evaluate
 from rt.kernel_image import integers
 from rt.kernels.aot import CAPABILITIES, Compiled, compile_case
 from rt.kernels.registry import spec as kernel
@@ -30,7 +30,7 @@ TACTIC = 1
 
 @dataclass
 class _Target:
-    """What plugins are compiled for. Plugins are registered once a process, and a process may build for several GPUs."""
+    """What plugins are compiled for: they are registered once a process, which may build for several GPUs."""
 
     capability: int
 

@@ -2,8 +2,8 @@
 
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/advanced.html
 
-A LoRA changes weights and nothing else. The graph is lowered again with it merged, and the refitter takes its weights by
-the names of its initializers, which are those under which the plan keeps them.
+A LoRA changes weights and nothing else. The graph is lowered again with it merged, and the refitter takes its weights
+by the names of its initializers, which are those under which the plan keeps them.
 """
 
 from __future__ import annotations

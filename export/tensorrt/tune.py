@@ -1,7 +1,7 @@
 """For each fused operator and shape of a graph: is our plugin faster, or what TensorRT makes of standard operators?
 
-A plugin is a wall to TensorRT's own fusion, and its own kernels are good, so neither is right for all. Each candidate is
-a network of that one node, timed on the GPU; what was found is kept for later builds.
+A plugin is a wall to TensorRT's own fusion, and its own kernels are good, so neither is right for all. Each candidate
+is a network of that one node, timed on the GPU; what was found is kept for later builds.
 """
 
 from __future__ import annotations

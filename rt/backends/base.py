@@ -31,6 +31,11 @@ class Form(str, Enum):
     TENSORRT_RTX = "tensorrt-rtx.plan"
     """The same of TensorRT for RTX, which finishes it for the GPU when it loads."""
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it is complete; other forms refer to the weights of their component."""
+        return self in (Form.TENSORRT, Form.TENSORRT_RTX)
+
 
 class Engine(Protocol):
     """A loaded program with its buffers.

@@ -99,13 +99,11 @@ class TensorRT:
         return Availability(version=installed, problem=gpu_problem())
 
     def refuses(self, dtype: DType) -> str:
-        """Formats of eight bits, which are quantized for other engines."""
+        """int8: TensorRT's has no zero points, and our activations have; and fp8, for which no plan has been built."""
         if dtype in _ARITHMETIC:
             return ""
-        return (
-            f"it takes no {dtype.value} of this kind (one scale a tensor, zero points); "
-            f"use --fp16 or --bf16, or --backend openvino"
-        )
+        why = "its int8 has no zero points" if dtype is DType.INT8 else "rt builds no fp8 plans yet"
+        return f"{why}; use --fp16 or --bf16, or --backend openvino"
 
     def arithmetic(self, dtype: DType) -> str:
         """The format of the graph: networks are strongly typed, and TF32 is off."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,16 +14,45 @@ import rt
 from rt.backends import BACKENDS
 from rt.backends.native import kernels
 from rt.config import DType
-from rt.extras import install_line, packages
+from rt.errors import BackendError
+from rt.extras import install_line, needs, packages
 from rt.machine import Machine
 
 
 @click.command(short_help="Say what is installed and what is missing.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(as_json: bool) -> None:
-    """Report processor, memory, engines and packages, with the command that installs what is missing."""
+@click.option(
+    "--selftest", "run", is_flag=True, help="Build a small network and run it with every engine here."
+)
+def command(as_json: bool, run: bool) -> None:
+    """Report processor, memory, engines and packages, with the command that installs what is missing.
+
+    With --selftest also build a small network for every engine, with our GPU kernels where TensorRT takes them, run it
+    and compare it with torch; the exit code is 1 when something is wrong.
+    """
     report = _report()
-    click.echo(json.dumps(report, indent=1) if as_json else "\n".join(_lines(report)))
+    if not as_json:
+        click.echo("\n".join(_lines(report)))
+    failed = _selftest(report, echo=not as_json) if run else []
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    if failed:
+        raise BackendError(f"the self-test found {len(failed)} faults: {'; '.join(failed)}")
+
+
+def _selftest(report: dict[str, Any], *, echo: bool) -> list[str]:
+    """Run it, print each line as it comes, put all into the report; gives what failed."""
+    with needs("build", "rt doctor --selftest"):
+        from rt.export.selftest import selftest
+    outcomes = report["selftest"] = []
+    failed = []
+    for outcome in selftest():
+        outcomes.append(asdict(outcome))
+        if echo:
+            click.echo("\n".join(outcome.lines()))
+        if outcome.failed:
+            failed.append(" ".join(filter(None, (outcome.backend, outcome.dtype, outcome.form))))
+    return failed
 
 
 def _report() -> dict[str, Any]:
@@ -59,7 +89,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     ]
     for name, engine in report["engines"].items():
         if engine["problem"]:
-            lines.append(f"missing  {name}: {engine['problem']}")
+            state = "unused " if engine["version"] else "missing"
+            lines.append(f"{state}  {name}: {engine['problem']}")
             continue
         lines.append(f"ok       {name} {engine['version']}")
         lines += [f"           {dtype}: {how}" for dtype, how in engine["computes"].items()]

@@ -22,7 +22,7 @@ def command(bundle: Path, backend: str, as_json: bool, quiet: bool) -> None:
     """Hash every file of BUNDLE, then run each engine on the inputs of the build and compare with torch's outputs."""
     opened = Bundle.open(bundle)
     config = opened.manifest.config
-    engine, why = choose(backend, config.dtype, preferred=config.backend)
+    engine, why = choose(backend, config.dtype, preferred=config.backend, unfit=opened.manifest.unfit)
     errors = {}
     with progress("verify", total=len(opened.manifest.engines), quiet=quiet) as bar:
         for record, distances in verify(opened, engine):

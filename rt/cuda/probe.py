@@ -1,4 +1,4 @@
-"""Whether this machine has an NVIDIA GPU, asked of the driver alone: nothing is installed, and no context made, for it."""
+"""Whether this machine has an NVIDIA GPU, asked of the driver alone: without a package, and without a context."""
 
 from __future__ import annotations
 
