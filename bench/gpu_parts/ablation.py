@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rt.bench.gpu_parts.model import Model
 from rt.bench.gpu_parts.ours import Ours
@@ -84,7 +84,7 @@ def _pass(place: Place, program: Program) -> tuple[Tensor, dict[str, Any]]:
     return output, {"nodes": work.nodes, "flops": work.flops, "time": samples.to_json()}
 
 
-def _on(place: Place, program: Program) -> nn.Module:
+def _on(place: Place, program: Program) -> Any:
     """The program in fp16 on the GPU, or as it is on the CPU."""
     if place.dry:
         return program.module

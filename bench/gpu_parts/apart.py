@@ -7,12 +7,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rt.bench.gpu_parts.part import Context
@@ -30,7 +31,12 @@ class Ended:
 
 
 def apart(
-    work: Callable[[Context], Iterator[Any]], context: Context, *, seconds: float, log: Path
+    work: Callable[[Context], Iterator[Any]],
+    context: Context,
+    *,
+    seconds: float,
+    log: Path,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Any]:
     """What `work(context)` gives, as soon as it is there, then `Ended`.
 
@@ -39,10 +45,12 @@ def apart(
         context: For it. A dry run sees no GPU.
         seconds: After these it is stopped, with every process that it has started.
         log: Where it prints.
+        environment: Set in the process before `work` begins.
     """
+    environment = {**_environment(context), **environment}
     deadline = time.monotonic() + seconds
     ours, theirs = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_work, args=(theirs, work, context, log))
+    process = get_context("spawn").Process(target=_work, args=(theirs, work, context, log, environment))
     log.parent.mkdir(parents=True, exist_ok=True)
     process.start()
     theirs.close()
@@ -67,14 +75,18 @@ def apart(
 
 
 def _work(
-    connection: Connection, work: Callable[[Context], Iterator[Any]], context: Context, log: Path
+    connection: Connection,
+    work: Callable[[Context], Iterator[Any]],
+    context: Context,
+    log: Path,
+    environment: Mapping[str, str],
 ) -> None:
     """In the new process, the leader of a group of its own so that compilers' workers end with it."""
     os.setsid()
     with log.open("w") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
-    os.environ |= _environment(context)
+    os.environ |= environment
     try:
         for value in work(context):
             connection.send(("value", value))

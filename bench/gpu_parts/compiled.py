@@ -40,4 +40,4 @@ class Compiled(Eager):
 
     def _before(self) -> None:
         """What a graph gave the last time may be overwritten now."""
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]

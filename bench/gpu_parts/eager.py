@@ -98,7 +98,7 @@ class Eager:
         """Called before each evaluation of a network."""
 
     def _load(self, component: Component) -> Any:
-        module = self.model.checkpoint.load(component).to(self.model.place.device, self._dtype)
+        module: Any = self.model.checkpoint.load(component).to(self.model.place.device, self._dtype)
         if component in (Component.UNET, Component.VAE_DECODER):
             module.to(memory_format=torch.channels_last)
         return module

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rt.bench.gpu_parts.part import Context, Figures
-from rt.bench.gpu_parts.place import Place, find, relative_error
+from rt.bench.gpu_parts.place import Call, Place, find, relative_error
 
 # Rows, inner, features of the guided step at the model's own size.
 LAYERS = {
@@ -55,7 +55,7 @@ def _layer(place: Place, shape: tuple[int, int, int], seed: int) -> dict[str, An
     def product(left: Tensor) -> Tensor:
         return torch._scaled_mm(left, weight8, scale_a=scale_x, scale_b=scale_weight, out_dtype=half)
 
-    calls = {
+    calls: dict[str, Call] = {
         "fp16": lambda: F.linear(x16, weight16),
         "fp8": lambda: product(x8),
         "fp8 with cast": lambda: product(_cast(x16, scale_x)),

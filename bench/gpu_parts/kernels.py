@@ -7,9 +7,10 @@ alternatives. In a dry run Triton interprets the smallest case of each kernel.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rt.bench.gpu_parts.part import Context, Figures
 from rt.bench.gpu_parts.place import Call, Place, find
 from rt.bench.timing import Samples
 from rt.kernels import launch, registry
+from rt.kernels.check import check
 from rt.kernels.spec import Case, KernelSpec
 
 OURS = "ours"
@@ -32,8 +34,6 @@ _MOST_SETS = 64
 def run(context: Context) -> Iterator[Figures]:
     """See the module. `cases`, `workloads` and `left_out`."""
     place = find(context)
-    if context.dry:
-        os.environ["TRITON_INTERPRET"] = "1"
     specs = registry.specs()
     cases = [row for spec in specs.values() for row in _cases(place, spec, context.seed)]
     workloads: list[dict[str, Any]] = []
@@ -42,20 +42,18 @@ def run(context: Context) -> Iterator[Figures]:
     while wanted and time.monotonic() - started < _SECONDS:
         spec, name = wanted.pop(0)
         first = spec.name not in [row["kernel"] for row in workloads]
-        workloads.append(_workload(place, spec, name, context.seed, compiled=first))
+        try:
+            workloads.append(_workload(place, spec, name, context.seed, compiled=first))
+        except Exception as error:  # of a compiler or a driver; the other kernels still count
+            workloads.append(_failed(spec, name, error))
         yield {"cases": cases, "workloads": workloads, "left_out": [f"{s.name} {name}" for s, name in wanted]}
 
 
 def _cases(place: Place, spec: KernelSpec, seed: int) -> Iterator[dict[str, Any]]:
-    for case in [_case(spec, _smallest(spec))] if place.dry else spec.cases:
-        outcome = launch.try_case(spec, case, seed, place.device.type)
-        yield {
-            "kernel": spec.name,
-            "case": str(case),
-            "error": outcome.error,
-            "tolerance": outcome.tolerance,
-            "passed": outcome.passed,
-        }
+    """A row a case, also where it raises; in a dry run of the smallest."""
+    if place.dry:
+        spec = replace(spec, cases=(_case(spec, _smallest(spec)),))
+    return check(spec, seed, place.device.type)
 
 
 def _ordered(specs: Sequence[KernelSpec] | Any) -> list[tuple[KernelSpec, str]]:
@@ -85,12 +83,12 @@ def _workload(place: Place, spec: KernelSpec, name: str, seed: int, *, compiled:
         l2 = torch.cuda.get_device_properties(place.device).L2_cache_size
         count = min(max(1, -(-2 * l2 // spec.bytes(case))), _MOST_SETS)
     sets = [_tensors(place, spec, case, drawn) for _ in range(count)]
-    calls: dict[str, Call] = {OURS: lambda: [launch.run(spec, case, tensors) for tensors in sets]}
+    calls: dict[str, Call] = {
+        OURS: partial(_each, partial(launch.run, spec, case), [(each,) for each in sets])
+    }
     operands = [[tensors[argument.name] for argument in spec.read] for tensors in sets]
     for label, function in _alternatives(spec, compiled=compiled and not place.dry).items():
-        calls[label] = lambda function=function: [  # type: ignore[misc]
-            function(*each, **case.attributes) for each in operands
-        ]
+        calls[label] = partial(_each, partial(function, **case.attributes), operands)
     graphs, problems = _graphs(place, calls)
     times = {
         label: Samples(tuple(seconds / count for seconds in samples.seconds)).to_json()
@@ -109,6 +107,19 @@ def _workload(place: Place, spec: KernelSpec, name: str, seed: int, *, compiled:
         "times": times,
         "problems": problems,
     }
+
+
+def _each(function: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> None:
+    """One call a set of arguments."""
+    for arguments in sets:
+        function(*arguments)
+
+
+def _failed(spec: KernelSpec, name: str, error: Exception) -> dict[str, Any]:
+    """A row as `_workload` gives it, without figures."""
+    note = f"{type(error).__name__}: {error}".partition("\n")[0]
+    row = {"kernel": spec.name, "workload": name, "case": str(_case(spec, name)), "passed": False}
+    return {**row, "error": None, "times": {}, "problems": {OURS: note}}
 
 
 def _error(place: Place, spec: KernelSpec, case: Case, drawn: Mapping[str, Tensor]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def run(context: Context, setting: str) -> Iterator[Figures]:
             for name, each in samples.items():
                 rows[name].setdefault("measures", {})[measure] = each.to_json()
         row["trace"] = observe(
-            lambda peer=peer: peer.picture(max(model.setting.steps)),  # type: ignore[misc]
+            partial(peer.picture, max(model.setting.steps)),
             context.scratch / "traces" / f"{setting}-{peer.name}.json",
         )
         yield {
@@ -112,8 +113,5 @@ def _compare(peers: Mapping[str, Peer], model: Model) -> dict[str, dict[str, Sam
 
 
 def _pictures(place: Place, peers: Sequence[tuple[str, Peer]], steps: int) -> dict[str, Samples]:
-    calls = {
-        name: lambda peer=peer: place.walled(lambda: peer.picture(steps))  # type: ignore[misc]
-        for name, peer in peers
-    }
+    calls = {name: partial(place.walled, partial(peer.picture, steps)) for name, peer in peers}
     return interleave(calls, 1 if place.dry else PICTURES)

@@ -39,6 +39,7 @@ class Part:
         minutes: What it takes on an H100, estimated: what does not fit into the time that is left is not begun.
         module: Its file in this package, which has `run(context, **arguments)`.
         arguments: See there.
+        dry_environment: What a dry run sets before that file and what it needs are imported.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Part:
     minutes: float
     module: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    dry_environment: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, context: Context) -> Iterator[Figures]:
         """All figures so far, each time that there are more: what ends a run early does not take them along."""

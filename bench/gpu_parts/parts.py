@@ -18,7 +18,13 @@ TITLES = {
 
 PARTS = (
     Part(name="ceilings", title="What the machine can do", minutes=0.5, module="ceilings"),
-    Part(name="kernels", title="Kernels", minutes=3.5, module="kernels"),
+    Part(
+        name="kernels",
+        title="Kernels",
+        minutes=3.5,
+        module="kernels",
+        dry_environment={"TRITON_INTERPRET": "1"},
+    ),
     Part(name="payloads", title="Plugin payloads", minutes=0.5, module="payloads"),
     Part(name="demo", title="The demo model against the CPU", minutes=1.5, module="demo"),
     _model("sd15", 4.0),

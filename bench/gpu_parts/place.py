@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -48,13 +49,13 @@ class Place:
             for _ in range(count):
                 call()
             return (time.perf_counter() - started) / count
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(count):
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count
+        return float(start.elapsed_time(end)) / 1e3 / count
 
     def walled(self, call: Call) -> float:
         """Seconds by the clock of the host until the device is idle again."""
@@ -68,7 +69,7 @@ class Place:
         """What replays `call` as a CUDA graph; on the CPU `call` itself. Its inputs keep their addresses."""
         if self.dry:
             return call
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries choose algorithms and allocate in their first calls
@@ -87,20 +88,8 @@ class Place:
             for name, call in calls.items():
                 self.elapsed(call)
                 counts[name] = max(1, math.ceil(_TURN_S / max(self.elapsed(call), 1e-7)))
-        timed = {
-            name: lambda call=call, count=counts[name]: self.elapsed(call, count)  # type: ignore[misc]
-            for name, call in calls.items()
-        }
+        timed = {name: partial(self.elapsed, call, counts[name]) for name, call in calls.items()}
         return interleave(timed, rounds)
-
-    def forget_peak(self) -> None:
-        """Count the peak of memory anew."""
-        if not self.dry:
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak_gib(self) -> float:
-        """Of what torch allocated since; 0 on the CPU."""
-        return 0.0 if self.dry else torch.cuda.max_memory_allocated() / 2**30
 
     def used_gib(self) -> float:
         """Of the whole device now, whoever holds it; 0 on the CPU."""

@@ -68,7 +68,7 @@ def _model(title: str, figures: Figures) -> dict[str, Bars]:
 
 def _kernels(figures: Figures) -> Bars:
     """Of the largest workload of each, which comes first."""
-    largest = {row["kernel"]: row for row in reversed(figures["workloads"])}
+    largest = {row["kernel"]: row for row in reversed(figures["workloads"]) if row["times"]}
     ratios = {name: best_alternative(row)[1] for name, row in sorted(largest.items())}
     return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 

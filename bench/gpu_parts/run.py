@@ -77,7 +77,8 @@ def _run(part: Part, context: Context, run: Run, *, limit: float, keep: Keep) ->
     figures: Figures = {}
     log = context.scratch / "logs" / f"{part.name}.log"
     ended = partial(_ended, run, part)
-    for value in apart(part.run, context, seconds=60 * limit, log=log):
+    environment = part.dry_environment if context.dry else {}
+    for value in apart(part.run, context, seconds=60 * limit, log=log, environment=environment):
         seconds = time.monotonic() - started
         if not isinstance(value, Ended):
             figures = value

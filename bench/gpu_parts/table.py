@@ -124,13 +124,17 @@ def _ceilings(figures: Figures, ceilings: Figures) -> Table:
 def _kernels(figures: Figures, ceilings: Figures) -> Table:
     """A line a kernel, with its largest workload; ratios of all workloads at the end."""
     head = ("kernel", "largest workload", "time", "reaches", "of ceiling", "torch", "×", "× of all")
-    rows = []
+    rows: Rows = []
     for name in dict.fromkeys(row["kernel"] for row in figures["workloads"]):
         mine = [row for row in figures["workloads"] if row["kernel"] == name]
-        first = mine[0]
+        timed = [row for row in mine if row["times"]]
+        if not timed:
+            rows.append((name, str(mine[0]["workload"]), "failed", "", "", "", "", ""))
+            continue
+        first = timed[0]
         best, ratio = best_alternative(first)
         speed, share = _reach(first, ceilings)
-        ratios = [value for row in mine if (value := best_alternative(row)[1]) is not None]
+        ratios = [value for row in timed if (value := best_alternative(row)[1]) is not None]
         rows.append(
             (
                 name,
@@ -175,7 +179,7 @@ def _reach(row: Figures, ceilings: Figures) -> tuple[str, str]:
 
 
 def _payloads(figures: Figures, ceilings: Figures) -> Table:
-    rows = []
+    rows: Rows = []
     for name in dict.fromkeys(row["kernel"] for row in figures["payloads"]):
         mine = [row for row in figures["payloads"] if row["kernel"] == name]
         worst = max(mine, key=lambda row: row["error"] / (row["tolerance"] or 1))
@@ -186,7 +190,7 @@ def _payloads(figures: Figures, ceilings: Figures) -> Table:
 
 
 def _demo(figures: Figures, ceilings: Figures) -> Table:
-    rows = [
+    rows: Rows = [
         (
             row["dtype"],
             f"{row['pictures']}, {row['steps']} steps",
