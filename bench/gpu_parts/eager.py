@@ -29,6 +29,7 @@ class Eager:
     name = "diffusers"
 
     def __init__(self, model: Model, dtype: torch.dtype | None = None) -> None:
+        torch.backends.cudnn.benchmark = True  # convolutions are tried out in the first call
         self.model = model
         self._dtype = dtype or model.dtype
         self._xl = model.checkpoint.spec.family is Family.SDXL
@@ -75,7 +76,11 @@ class Eager:
     def picture(self, steps: int) -> NDArray[np.uint8]:
         """See `Peer`."""
         tokens = self.model.inputs.tokens.values()
-        given = [encoder(each) for encoder, each in zip(self._text, tokens, strict=True)]
+        # Copies, because what a replayed graph gave is overwritten when the next one runs.
+        given = [
+            [output.clone() for output in encoder(each)]
+            for encoder, each in zip(self._text, tokens, strict=True)
+        ]
         states = torch.cat([each[0] for each in given], dim=-1)
         text = {"prompt_embeds": states[-1:]}
         if self.model.setting.guided:

@@ -244,9 +244,10 @@ def _remarks(candidates: Mapping[str, Any]) -> str:
     if "gap_us" in trace:
         note += (
             f" Between two steps of ours the GPU waits {trace['gap_us']:.1f} us, {trace['gap_percent']:.2f} % "
-            f"of a step of {trace['step_us'] / 1e3:.3g} ms, and the host waits {trace['synchronisations']} times "
-            "for it."
+            f"of a step of {trace['step_us'] / 1e3:.3g} ms."
         )
+    if "synchronisations" in trace:
+        note += f" While it launches steps the host waits {trace['synchronisations']} times for the GPU."
     return note
 
 

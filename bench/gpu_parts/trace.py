@@ -44,7 +44,8 @@ def summary(events: Iterable[Event]) -> dict[str, float]:
         step_us: Median from the begin of one to the begin of the next.
         gap_us: Median from the end of one to the begin of the next.
         gap_percent: Of a step.
-        synchronisations: Calls by which the host waited for the device while the steps were launched.
+        synchronisations: Calls by which the host waited for the device while the steps were launched; not there where
+            the profiler did not see the launches, so that nothing is claimed.
     """
     events = [event for event in events if event.get("ph") == "X"]
     device = sorted((event for event in events if event.get("cat") in _DEVICE), key=lambda event: event["ts"])
@@ -72,19 +73,13 @@ def _steps(device: list[Event], host: list[Event]) -> dict[str, float]:
     ends = [max(map(_end, kernels)) for kernels in steps.values()]
     step = median(after - before for before, after in pairwise(begins))
     gap = median(after - before for before, after in zip(ends[:-1], begins[1:], strict=True))
-    launched = [event["ts"] for event in host if event["args"].get("correlation") in steps]
-    waits = [
-        event
-        for event in host
-        if "Synchronize" in event["name"] and launched and launched[0] < event["ts"] < launched[-1]
-    ]
-    return {
-        "steps": len(steps),
-        "step_us": step,
-        "gap_us": gap,
-        "gap_percent": 100 * gap / step,
-        "synchronisations": len(waits),
-    }
+    figures = {"steps": len(steps), "step_us": step, "gap_us": gap, "gap_percent": 100 * gap / step}
+    launched = sorted(event["ts"] for event in host if event["args"].get("correlation") in steps)
+    if launched:
+        figures["synchronisations"] = sum(
+            "Synchronize" in event["name"] and launched[0] < event["ts"] < launched[-1] for event in host
+        )
+    return figures
 
 
 def _end(event: Event) -> float:
