@@ -178,7 +178,7 @@ def _compile(
     gc.collect()
     engines = []
     for record in lowered:
-        if (further := writer(backend)) is not None:
+        if (further := writer(backend)) is not None and further.write is not None:
             with _step(bar, f"{record.name}: compile"):
                 written = further.write(record, request)
                 record = replace(
@@ -249,12 +249,12 @@ def _lower_all(
                 with _step(bar, f"{program.name}: fuse"):
                     program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
                     forms[Form.FUSED.value] = f"engines/{program.name}.{Form.FUSED.value}"
-                    lower(
-                        program,
-                        _fused(program.module, dtype, seen, calibration),
-                        store,
-                        stage / forms[Form.FUSED.value],
-                    )
+                    computing = _fused(program.module, dtype, seen, calibration)
+                    lower(program, computing, store, stage / forms[Form.FUSED.value])
+            if (further := writer(backend)) is not None and further.compile is not None:
+                with _step(bar, f"{program.name}: compile"):
+                    compiled = further.compile(program, computing, store, request)
+                    forms |= {form.value: path for form, path in compiled.items()}
             yield EngineRecord(
                 name=program.name,
                 component=program.component,

@@ -1,4 +1,4 @@
-"""Forms beyond ONNX: a backend that compiles ahead of time writes its own when the graphs of a component are there."""
+"""Forms beyond ONNX: a backend that compiles ahead of time writes its own, from a program in torch or from its graphs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from rt.backends import Backend, Form
 from rt.bundle import Bundle, EngineRecord
 from rt.config import BuildConfig
 from rt.errors import ConfigError
+from rt.export.lower import WeightFile
+from rt.export.program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +37,16 @@ class Writer:
 
     Attributes:
         check: Raises ConfigError before any work where this machine or backend cannot do what is asked.
-        write: A lowered program → paths of the forms that it wrote into the stage.
-        fused: Whether it reads `Form.FUSED`, which is then lowered in every half precision.
+        compile: A program, the module that computes it in its final precision, and the file of its component's
+            weights → paths of the forms that it wrote into the stage.
+        write: The same from a lowered program, when torch's weights are gone.
+        fused: Whether it reads `Form.FUSED`, which is then lowered in every half precision; `compile` gets the same
+            program, channels last and with the operators of `rt.export.operators`.
     """
 
     check: Callable[[Request], None]
-    write: Callable[[EngineRecord, Request], Mapping[Form, str]]
+    compile: Callable[[Program, nn.Module, WeightFile, Request], Mapping[Form, str]] | None = None
+    write: Callable[[EngineRecord, Request], Mapping[Form, str]] | None = None
     fused: bool = False
 
 
@@ -48,9 +56,10 @@ def writer(backend: Backend) -> Writer | None:
     Raises:
         BackendUnavailableError: When a package that it needs is missing.
     """
-    from rt.export.tensorrt.forms import WRITERS  # it needs Triton for classic TensorRT alone
+    from rt.export.inductor import WRITERS as inductor
+    from rt.export.tensorrt.forms import WRITERS as tensorrt  # it needs Triton for classic TensorRT alone
 
-    return WRITERS.get(backend.name)
+    return {**inductor, **tensorrt}.get(backend.name)
 
 
 def check_options(backend: Backend, request: Request) -> None:
@@ -59,16 +68,20 @@ def check_options(backend: Backend, request: Request) -> None:
     Raises:
         ConfigError: An option is for another backend, or cannot be had on this machine.
     """
-    found = writer(backend)
-    if found is not None:
+    config, name = request.config, backend.name
+    tensorrt = {"--refittable": config.refittable, "--portable": config.portable, "--tune": config.tune}
+    tensorrt["--refit"] = request.donor is not None
+    _refuse(tensorrt, "TensorRT", "tensorrt", name)
+    _refuse({"--max-autotune": config.max_autotune}, "inductor", "inductor", name)
+    if (found := writer(backend)) is not None:
         found.check(request)
-        return
-    config = request.config
-    asked = {"--refittable": config.refittable, "--portable": config.portable, "--tune": config.tune}
-    asked["--refit"] = request.donor is not None
-    for option, given in asked.items():
-        if given:
+
+
+def _refuse(options: Mapping[str, bool], whose: str, family: str, backend: str) -> None:
+    """Options of another family of backends; a family is what their names begin with."""
+    for option, given in options.items():
+        if given and not backend.startswith(family):
             raise ConfigError(
-                f"{option} is for TensorRT, and this build is for {backend.name}; "
-                f"leave it out or add --backend tensorrt"
+                f"{option} is for {whose}, and this build is for {backend}; "
+                f"leave it out or add --backend {family}"
             )

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
@@ -25,7 +26,8 @@ from rt.export.program import Program
 OPSET = 21
 # onnxruntime maps weights from the file when they begin on a page.
 _ALIGNMENT = 4096
-_INLINE_BYTES = 1024
+_SMALL_ALIGNMENT = 64
+INLINE_BYTES = 1024
 
 
 class WeightFile:
@@ -46,19 +48,24 @@ class WeightFile:
         """Hand what was added to the file system, so that an engine can be loaded."""
         self._file.flush()
 
-    def add(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
-        """Write `tensor` unless its bytes are there already, and return it as a reference into the file."""
-        array = tensor.numpy()
+    def place(self, array: NDArray[Any]) -> int:
+        """Write the bytes of `array` unless they are there already; gives their offset."""
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest not in self._offsets:
-            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            alignment = _ALIGNMENT if len(data) > INLINE_BYTES else _SMALL_ALIGNMENT
+            self._file.write(b"\0" * (-self._file.tell() % alignment))
             self._offsets[digest] = self._file.tell()
             self._file.write(data)
+        return self._offsets[digest]
+
+    def add(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        """`tensor` as a reference into the file."""
+        array = tensor.numpy()
         return ir.ExternalTensor(
             location=self.path.name,
-            offset=self._offsets[digest],
-            length=len(data),
+            offset=self.place(array),
+            length=array.nbytes,
             dtype=tensor.dtype,
             shape=ir.Shape(array.shape),
             name=tensor.name or "",
@@ -85,7 +92,7 @@ def lower(program: Program, module: nn.Module, weights: WeightFile, path: Path) 
     optimize_ir(model, num_iterations=1)
     for initializer in model.graph.initializers.values():
         value = initializer.const_value
-        if value is not None and value.nbytes > _INLINE_BYTES:
+        if value is not None and value.nbytes > INLINE_BYTES:
             initializer.const_value = weights.add(value)
     weights.flush()
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}

@@ -7,6 +7,7 @@ product, in fp32; so does the function of GroupNorm, while those of attention an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import onnx
@@ -22,55 +23,60 @@ from rt.export.passes.shapes import value
 DOMAIN, VERSION = "rt", 1
 
 
-@torch.library.custom_op("rt::attention", mutates_args=())
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """softmax(q kᵀ / √d) v: (B, L, H · d), (B, S, H · d), (B, S, H · d) → (B, L, H · d)."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-@torch.library.custom_op("rt::group_norm", mutates_args=())
 def group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
     """(B, …, C), normalised over the pixels and the C / groups channels of each group, then SiLU if asked for."""
     y = F.group_norm(x.movedim(-1, 1).float(), groups, scale.float(), shift.float(), epsilon).movedim(1, -1)
     return (F.silu(y) if silu else y).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("rt::geglu", mutates_args=())
 def geglu(x: Tensor) -> Tensor:
     """(…, 2F) → (…, F): the first half times the GELU of the second, https://arxiv.org/abs/2002.05202."""
     hidden, gate = x.float().chunk(2, -1)
     return (hidden * F.gelu(gate)).to(x.dtype)
 
 
-@torch.library.custom_op("rt::convolution", mutates_args=())
 def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """3 × 3, stride 1, zeros around: (B, H, W, I) by (O, I, 3, 3) → (B, H, W, O)."""
     y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype), padding=1)
     return y.permute(0, 2, 3, 1).contiguous()
 
 
-@attention.register_fake
+_REFERENCES = (attention, group_norm, geglu, convolution)
+for body in _REFERENCES:
+    torch.library.custom_op(f"rt::{body.__name__}", body, mutates_args=())
+
+
+@torch.library.register_fake("rt::attention")
 def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     return torch.empty_like(query)
 
 
-@group_norm.register_fake
+@torch.library.register_fake("rt::group_norm")
 def _(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-@geglu.register_fake
+@torch.library.register_fake("rt::geglu")
 def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@convolution.register_fake
+@torch.library.register_fake("rt::convolution")
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 ops = torch.ops.rt
+REFERENCES: dict[Any, Callable[..., Tensor]] = {
+    getattr(ops, body.__name__).default: body for body in _REFERENCES
+}
+"""Each operator's body in standard ones."""
 HALVES: dict[Any, int] = {
     ops.attention.default: 3,
     ops.group_norm.default: 1,

@@ -39,6 +39,7 @@ class BuildConfig:
         refittable: TensorRT: whether the weights of a plan can be replaced, as `--refit` of a later build does.
         portable: TensorRT: whether plans run on every GPU since Ampere, rather than on this machine's model alone.
         tune: TensorRT: whether each fused operator is timed as our kernel and as the engine's own, and the faster kept.
+        max_autotune: Inductor: whether products are timed in every way it knows, and the fastest kept.
     """
 
     profiles: tuple[ShapeProfile, ...]
@@ -48,6 +49,7 @@ class BuildConfig:
     refittable: bool = False
     portable: bool = False
     tune: bool = False
+    max_autotune: bool = False
 
     def __post_init__(self) -> None:
         if not self.profiles:

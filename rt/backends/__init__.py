@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from rt.backends.base import Array, Availability, Backend, DeviceBackend, DeviceEngine, Engine, Form
+from rt.backends.inductor import Inductor, InductorCpu
 from rt.backends.openvino_cpu import OpenVINO
 from rt.backends.ort_cpu import OnnxRuntime
 from rt.backends.tensorrt import CLASSIC, RTX, TensorRT
@@ -30,7 +31,14 @@ __all__ = [
 ]
 
 AUTO = "auto"
-_ALL: tuple[Backend, ...] = (TensorRT(CLASSIC), TensorRT(RTX), OpenVINO(), OnnxRuntime())
+_ALL: tuple[Backend, ...] = (
+    TensorRT(CLASSIC),
+    TensorRT(RTX),
+    Inductor(),
+    OpenVINO(),
+    OnnxRuntime(),
+    InductorCpu(),
+)
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 """By name, the preferred first."""
 ON_HOST = tuple(backend.name for backend in _ALL if not isinstance(backend, DeviceBackend))

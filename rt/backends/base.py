@@ -30,6 +30,10 @@ class Form(str, Enum):
     """TensorRT's serialized engine, weights and kernels inside; good for its version and the GPUs it was built for."""
     TENSORRT_RTX = "tensorrt-rtx.plan"
     """The same of TensorRT for RTX, which finishes it for the GPU when it loads."""
+    INDUCTOR = "inductor.pt2"
+    """AOTInductor's package for a GPU: host code and kernels, without weights; good for its version of torch."""
+    INDUCTOR_CPU = "inductor-cpu.pt2"
+    """The same for a processor with the instructions that it was compiled for."""
 
     @property
     def holds_weights(self) -> bool:

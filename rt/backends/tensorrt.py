@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from rt.backends.base import Availability, Form, broken, failure
-from rt.backends.views import HostSide
+from rt.backends.views import Alone, HostSide
 from rt.config import DType
 from rt.cuda import Device, DeviceArray, Stream
 from rt.cuda.driver import CudaDevice
@@ -142,9 +142,7 @@ class TensorRT:
     ) -> HostSide:
         """As `load_on` on a device of its own, seen from the host."""
         device = self.open_device()
-        return _Alone(
-            self.load_on(device, path, inputs, outputs, dtype=dtype), device, device.create_stream()
-        )
+        return Alone(self.load_on(device, path, inputs, outputs, dtype=dtype), device, device.create_stream())
 
 
 class Scratch:
@@ -253,20 +251,6 @@ class TensorRTEngine:
         array = self._device.allocate(spec.shape, spec.dtype)
         self._context.set_tensor_address(spec.name, array.pointer)
         return array
-
-
-class _Alone(HostSide):
-    """An engine that owns its device, too: callers of `Backend.load` let go of it without closing it."""
-
-    def close(self) -> None:
-        device, stream = self._device, self._stream
-        super().close()
-        device.destroy_stream(stream)
-        device.close()
-
-    def __del__(self) -> None:
-        if self._staged:
-            self.close()
 
 
 def library(flavour: Flavour) -> ModuleType:

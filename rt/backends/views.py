@@ -52,6 +52,21 @@ class HostSide:
         self.engine.close()
 
 
+class Alone(HostSide):
+    """An engine that owns its device, too: callers of `Backend.load` let go of it without closing it."""
+
+    def close(self) -> None:
+        """Close engine, stream and device."""
+        device, stream = self._device, self._stream
+        super().close()
+        device.destroy_stream(stream)
+        device.close()
+
+    def __del__(self) -> None:
+        if self._staged:
+            self.close()
+
+
 class DeviceSide:
     """An `Engine` of the host as a `DeviceEngine` of a `HostDevice`: the same arrays, run in the order of a stream."""
 

@@ -65,6 +65,7 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
 @click.option("--refittable", is_flag=True, help="TensorRT: plans whose weights --refit can replace.")
 @click.option("--portable", is_flag=True, help="TensorRT: plans for every GPU since Ampere.")
 @click.option("--tune", is_flag=True, help="TensorRT: time our kernels against its own, keep the faster.")
+@click.option("--max-autotune", is_flag=True, help="Inductor: time every way to compute a product.")
 @click.option(
     "--refit",
     "donor",
@@ -93,6 +94,7 @@ def command(
     refittable: bool,
     portable: bool,
     tune: bool,
+    max_autotune: bool,
     donor: Path | None,
     revision: str | None,
     variant: str | None,
@@ -135,6 +137,7 @@ def command(
         refittable=refittable,
         portable=portable,
         tune=tune,
+        max_autotune=max_autotune,
     )
     opened = None if donor is None else Bundle.open(donor)
     bundle = build(checkpoint, output, config, donor=opened, force=force, quiet=quiet)

@@ -1,0 +1,240 @@
+"""A program as a package of AOTInductor: C++ and, for a GPU, Triton kernels, compiled for the machine of the build.
+
+https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+
+Weights stay in the file of the component, untransformed: without freezing, inductor reads the matrix of a linear layer
+as a transposed view, so ONNX graphs and packages share its bytes. Filters are channels last in memory, and so are
+moved when a package loads; the file has them once. The compiler folds no tensor of a size that would matter.
+
+On a processor each operator `rt::…` is compiled from its reference; on a GPU some are our Triton kernels, see `ON_GPU`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rt.backends import Form
+from rt.backends.inductor import ABOUT, About, Inductor, InductorCpu, Weight
+from rt.errors import BackendUnavailableError, ConfigError
+from rt.export.forms import Request, Writer
+from rt.export.lower import WeightFile
+from rt.export.operators import REFERENCES
+from rt.export.program import Program
+
+_OPTIONS: Mapping[str, Any] = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+    # Line numbers name the files of the build machine.
+    "aot_inductor.enable_line_tables": False,
+    "aot_inductor.embed_kernel_binary": True,
+    # Threads are chosen at run time, not on the machine of the build.
+    "cpp.dynamic_threads": True,
+    # Nothing but the instructions that the vectors need, which are then asked for when the package loads.
+    "cpp.march": "",
+    # Kernels alone: the host code only calls them.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+_PROCESSOR_NAMES = {
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "amx-tile": "amx_tile",
+    "amx-bf16": "amx_bf16",
+    "amx-int8": "amx_int8",
+    "amx-fp16": "amx_fp16",
+}
+"""Where Linux spells an instruction set in another way than the compiler."""
+
+
+def _check_cpu(request: Request) -> None:
+    """Raises BackendUnavailableError without a compiler, ConfigError with a torch that cannot be held to a processor."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        raise BackendUnavailableError(
+            "inductor compiles C++, and there is no compiler; install g++ 10 or later, or set CXX to one"
+        ) from error
+    if "cpp.march" not in _known_options():
+        raise ConfigError(
+            f"torch {torch.__version__} compiles for its own processor alone; "
+            f'run: pip install "torch>=2.13", or use --backend openvino'
+        )
+
+
+def _check_gpu(request: Request) -> None:
+    """Raises ConfigError without a GPU: inductor measures and compiles kernels on the one that will run them."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "inductor compiles kernels on the GPU that will run them, and torch finds none; "
+            "build on that machine, or use --backend inductor-cpu"
+        )
+
+
+def compile_for(
+    device: str, form: Form, program: Program, module: nn.Module, weights: WeightFile, request: Request
+) -> Mapping[Form, str]:
+    """Write the package of `program` for "cpu" or "cuda".
+
+    Args:
+        device: Where it will run.
+        form: What it is called in the bundle.
+        program: Names, example inputs.
+        module: What computes it, in its final precision.
+        weights: Takes the tensors.
+        request: The build.
+    """
+    path = f"engines/{program.name}.{form.value}"
+    inputs = {name: value.to(device) for name, value in program.inputs.items()}
+    with torch.no_grad(), _quiet(), _Operators(REFERENCES if device == "cpu" else _on_gpu()):
+        exported = torch.export.export(module.to(device), (), inputs, strict=False)
+        compiled = exported.module(check_guards=False)
+        for name, tensor in _tensors(compiled).items():
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        with _folder() as folder:
+            options = _options(request.config.max_autotune)
+            files = torch._inductor.aot_compile(compiled, (), inputs, options=options)
+            about = _about(compiled, weights, device)
+            _package(request.stage / path, [Path(str(file)) for file in files], about, folder)
+    weights.flush()
+    return {form: path}
+
+
+def _options(max_autotune: bool) -> dict[str, Any]:
+    """Those of `_OPTIONS` that this release has, and that asked for."""
+    known = _known_options()
+    return {key: value for key, value in _OPTIONS.items() if key in known} | {"max_autotune": max_autotune}
+
+
+def _known_options() -> Mapping[str, Any]:
+    from torch._inductor import config
+
+    known: Mapping[str, Any] = config.get_config_copy()
+    return known
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _about(module: nn.Module, weights: WeightFile, device: str) -> About:
+    """What the package says of itself; its tensors go into the file."""
+    return About(
+        torch=torch.__version__,
+        machine=platform.machine(),
+        instructions=_instructions() if device == "cpu" else (),
+        capability=0 if device == "cpu" else 10 * _capability()[0] + _capability()[1],
+        file=weights.path.name,
+        weights={
+            name: Weight(
+                offset=weights.place(_bytes(tensor)),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                stride=tensor.stride(),
+            )
+            for name, tensor in _tensors(module).items()
+        },
+    )
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The elements in the order of the shape; numpy has no bfloat16, so as bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+def _instructions() -> tuple[str, ...]:
+    """What the code is compiled with, as /proc/cpuinfo names it."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    flags = pick_vec_isa().build_arch_flags().split()
+    names = [flag.removeprefix("-m") for flag in flags if not flag.startswith("-march")]
+    return tuple(dict.fromkeys(_PROCESSOR_NAMES.get(name, name) for name in names))
+
+
+def _package(path: Path, files: list[Path], about: About, folder: Path) -> None:
+    """The library, what torch says of it, and `about`; sources and command lines stay behind."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    library = next(file for file in files if file.suffix == ".so")
+    stem = library.name.removesuffix(".so")
+    kept = [file for file in files if file == library or file.name == f"{stem}_metadata.json"]
+    kept += [file for file in files if file.suffix in (".cubin", ".fatbin")]
+    library.write_bytes(_anonymous(library.read_bytes(), folder))
+    package_pt2(
+        str(path), aoti_files={"model": [str(file) for file in kept]}, extra_files={ABOUT: about.to_json()}
+    )
+
+
+def _anonymous(code: bytes, folder: Path) -> bytes:
+    """Without the paths that messages of torch's headers carry: overwritten, so that nothing moves."""
+    installed = Path(str(torch.__file__)).parents[1]
+    for private in (folder, installed):
+        path = str(private).encode()
+        code = code.replace(path, b"/" * len(path))
+    return code
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Where inductor works, removed afterwards."""
+    from torch._inductor.utils import fresh_cache
+
+    with tempfile.TemporaryDirectory(prefix="rt-inductor-") as folder, fresh_cache(dir=folder, delete=False):
+        yield Path(folder)
+
+
+class _Operators(TorchFunctionMode):
+    """Operators `rt::…` replaced by what computes them, while a program is traced."""
+
+    def __init__(self, bodies: Mapping[Any, Callable[..., Tensor]]) -> None:
+        super().__init__()
+        self._bodies = bodies
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._bodies.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inductor warns of its own internals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _on_gpu() -> Mapping[Any, Callable[..., Tensor]]:
+    return REFERENCES
+
+
+def _compiler(device: str, form: Form) -> Any:
+    def compile(
+        program: Program, module: nn.Module, weights: WeightFile, request: Request
+    ) -> Mapping[Form, str]:
+        return compile_for(device, form, program, module, weights, request)
+
+    return compile
+
+
+WRITERS: Mapping[str, Writer] = {
+    InductorCpu.name: Writer(check=_check_cpu, compile=_compiler("cpu", InductorCpu.form), fused=True),
+    Inductor.name: Writer(check=_check_gpu, compile=_compiler("cuda", Inductor.form), fused=True),
+}
+"""By the name of the backend."""
