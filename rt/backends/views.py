@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from rt.cuda.host import HostDevice
 class HostSide:
     """A `DeviceEngine` as an `Engine`: what runs once a prompt or once a schedule may wait for its copies.
 
-    Floats are float32 here, whatever the engine takes and gives.
+    Floats are float32 here, whatever the engine takes and gives. Memory of the host is taken when it is first used, so
+    an engine that the loop alone runs needs none.
 
     Attributes:
         engine: The engine itself.
@@ -24,22 +26,28 @@ class HostSide:
     def __init__(self, engine: DeviceEngine, device: Device, stream: Stream) -> None:
         self.engine = engine
         self._device, self._stream = device, stream
-        self.inputs = {name: _floats(array) for name, array in engine.inputs.items()}
-        self.outputs = {name: _floats(array) for name, array in engine.outputs.items()}
-        self._staged = {
-            name: device.pinned(array.shape, array.dtype)
-            for name, array in {**engine.inputs, **engine.outputs}.items()
-        }
+        self._staged: dict[str, Array] = {}
+
+    @cached_property
+    def inputs(self) -> Mapping[str, Array]:
+        """See `Engine`."""
+        return {name: _floats(array) for name, array in self.engine.inputs.items()}
+
+    @cached_property
+    def outputs(self) -> Mapping[str, Array]:
+        """See `Engine`."""
+        return {name: _floats(array) for name, array in self.engine.outputs.items()}
 
     def enqueue(self) -> None:
         """Upload the inputs, run once, download the outputs, wait."""
         engine, device, stream = self.engine, self._device, self._stream
         for name, array in engine.inputs.items():
-            np.copyto(self._staged[name], encode(self.inputs[name], array.dtype))
-            device.upload(array, self._staged[name], stream)
+            staged = self._stage(name, array)
+            np.copyto(staged, encode(self.inputs[name], array.dtype))
+            device.upload(array, staged, stream)
         engine.enqueue(stream)
         for name, array in engine.outputs.items():
-            device.download(self._staged[name], array, stream)
+            device.download(self._stage(name, array), array, stream)
         device.synchronise(stream)
         for name, array in engine.outputs.items():
             np.copyto(self.outputs[name], decode(self._staged[name], array.dtype))
@@ -50,6 +58,11 @@ class HostSide:
             self._device.unpin(array)
         self._staged.clear()
         self.engine.close()
+
+    def _stage(self, name: str, array: DeviceArray) -> Array:
+        if name not in self._staged:
+            self._staged[name] = self._device.pinned(array.shape, array.dtype)
+        return self._staged[name]
 
 
 class Alone(HostSide):

@@ -42,7 +42,8 @@ class KernelLibrary:
             images = [KernelImage.from_json(entry) for entry in entries]
         except FileNotFoundError:
             raise BackendUnavailableError(
-                f"{path} is not there: this installation has no GPU kernels; compile them with python -m rt.kernels"
+                f"{path} is not there: this installation has no GPU kernels; compile them with"
+                " python -m rt.kernels.library"
             ) from None
         except (ValueError, TypeError, KeyError) as error:
             raise IntegrityError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,18 +10,6 @@ import pytest
 
 from rt.cuda.host import HostDevice
 from rt.kernel_image import KernelImage, TensorArgument
-
-from .fake_driver import FakeDriver
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    """A fresh fake in the place of `cuda.bindings.driver`."""
-    made = FakeDriver()
-    for name in ("cuda", "cuda.bindings"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", made)
-    return made
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from rt.cuda import DeviceArray, capture
 from rt.cuda.driver import CudaDevice
 from rt.errors import BackendError, BackendUnavailableError
 
-from .fake_driver import ENUMS, SIGNATURES, CUresult
+from ..fake_driver import ENUMS, SIGNATURES, CUresult
 
 
 @pytest.fixture
