@@ -109,14 +109,14 @@ def attention(
             largest = tl.maximum(before, tl.max(logits, 1) * scale)
             shrink = tl.exp2(before - largest)
             weights = tl.exp2(logits * scale - largest[:, None])
-            total = total * shrink + tl.sum(weights, 1)
 
-            weights = weights.to(value.dtype.element_ty)
+            w = weights.to(value.dtype.element_ty)
             if NARROW:
                 v_narrow = _load(value, s, narrow, stride, keys, width, ragged, narrow_padded)
-                y_narrow = tl.dot(weights, v_narrow, y_narrow * shrink[:, None])
+                y_narrow = tl.dot(w, v_narrow, y_narrow * shrink[:, None])
             v = _load(value, s, wide, stride, keys, width, ragged, wide_padded)
-            y_wide = tl.dot(weights, v, y_wide * shrink[:, None])
+            y_wide = tl.dot(w, v, y_wide * shrink[:, None])
+            total = total * shrink + tl.sum(weights, 1)  # last: the products of a Hopper run meanwhile
 
     row, inside = out + t[:, None] * stride, t[:, None] < queries
     y_wide = (y_wide / total[:, None]).to(out.dtype.element_ty)
@@ -219,6 +219,6 @@ SPEC = KernelSpec(
     workloads=WORKLOADS,
     flops=flops,
     tolerance={"float16": 2e-3, "bfloat16": 1.6e-2},
-    budget=Budget(registers=255, shared_bytes=99 * 1024),
+    budget=Budget(registers=240, shared_bytes=80 * 1024),
     alternatives={"torch": fused},
 )

@@ -95,6 +95,6 @@ SPEC = KernelSpec(
     cases=(case(6, 100), case(1, 512, dtype="bfloat16"), case(2, 1300, dtype="float32")),
     workloads={"sd15 512": case(1, 4 * 64 * 64), "sdxl 1024": case(1, 4 * 128 * 128)},
     tolerance={"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6},
-    budget=Budget(registers=32, shared_bytes=64),
+    budget=Budget(registers=32, shared_bytes=16),
     examples={"position": places, "scale": scales, "broken": guide_and_step.intact},
 )

@@ -109,7 +109,7 @@ SPEC = KernelSpec(
         "sdxl 1024": case(1, 2, 4 * 128 * 128, steps=50),
     },
     tolerance=dict.fromkeys(("float16", "bfloat16", "float32"), 1e-5),
-    budget=Budget(registers=64, shared_bytes=256),
+    budget=Budget(registers=64, shared_bytes=64),
     examples={
         "prediction": off_centre,
         "table": guide_and_step.coefficients,

@@ -223,6 +223,6 @@ SPEC = KernelSpec(
         "sdxl 1024": case(1, 2, 4 * 128 * 128, steps=50, draws=1),
     },
     tolerance={"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5},
-    budget=Budget(registers=64, shared_bytes=256),
+    budget=Budget(registers=64, shared_bytes=16),
     examples={"table": coefficients, "length": lengths, "position": places, "broken": intact},
 )

@@ -149,6 +149,6 @@ SPEC = KernelSpec(
     cases=(case(2, 3, 100), case(1, 2, 512), case(3, 2, 1500), case(1, 3, 5000)),
     workloads={"sd15 512": case(1, 50, 4 * 64 * 64), "sdxl 1024": case(1, 50, 4 * 128 * 128)},
     tolerance={"float32": 1e-5},
-    budget=Budget(registers=64, shared_bytes=0),
+    budget=Budget(registers=48, shared_bytes=0),
     examples={"key": keys, "draw": numbers, "resident": small_gpu},
 )

@@ -89,6 +89,6 @@ SPEC = KernelSpec(
     ),
     workloads={"sd15": case(1, 50, SD15), "sd15 by 8": case(8, 50, 8 * SD15)},
     tolerance=dict.fromkeys(("float16", "bfloat16", "float32"), 0.0),
-    budget=Budget(registers=64, shared_bytes=0),
+    budget=Budget(registers=40, shared_bytes=4096),
     examples={"owner": owners, "upcoming": places},
 )

@@ -88,6 +88,6 @@ SPEC = KernelSpec(
     cases=(case(2, 3 * 1000), case(1, 1024, dtype="bfloat16"), case(3, 3 * 700, dtype="float32")),
     workloads={"512": case(1, 3 * 512 * 512), "1024": case(1, 3 * 1024 * 1024)},
     tolerance=dict.fromkeys(("float16", "bfloat16", "float32"), 0.0),
-    budget=Budget(registers=64, shared_bytes=64),
+    budget=Budget(registers=32, shared_bytes=16),
     examples={"x": colours, "broken": clear},
 )
