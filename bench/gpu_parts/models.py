@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +54,12 @@ def run(context: Context, setting: str) -> Iterator[Figures]:
         for measure, samples in _compare(peers, model).items():
             for name, each in samples.items():
                 rows[name].setdefault("measures", {})[measure] = each.to_json()
+        traces = context.scratch / "traces"
         row["trace"] = observe(
-            partial(peer.picture, max(model.setting.steps)),
-            context.scratch / "traces" / f"{setting}-{peer.name}.json",
+            partial(peer.picture, max(model.setting.steps)), traces / f"{setting}-{peer.name}.json"
         )
+        if isinstance(peer, Ours):
+            row["loop"] = _loops(peer, model, traces / f"{setting}-loop.json")
         yield {
             "model": model.checkpoint.name,
             "side": model.setting.side,
@@ -110,6 +113,23 @@ def _compare(peers: Mapping[str, Peer], model: Model) -> dict[str, dict[str, Sam
     for steps in model.setting.steps:
         found[f"{PICTURE} {steps}"] = _pictures(place, [*peers.items()], steps)
     return found
+
+
+def _loops(ours: Ours, model: Model, file: Path) -> dict[str, Any]:
+    """Way of launching the loop → seconds of a step with all that belongs to it, and what the GPU did meanwhile."""
+    steps = max(model.setting.steps)
+    loops = ours.loops(steps)
+    for run in loops.values():
+        run()
+    calls = {name: partial(model.place.walled, run) for name, run in loops.items()}
+    found = interleave(calls, 1 if model.place.dry else PICTURES)
+    return {
+        name: {
+            "step": Samples(tuple(seconds / steps for seconds in samples.seconds)).to_json(),
+            "trace": observe(loops[name], file.with_stem(f"{file.stem}-{name.replace(' ', '-')}")),
+        }
+        for name, samples in found.items()
+    }
 
 
 def _pictures(place: Place, peers: Sequence[tuple[str, Peer]], steps: int) -> dict[str, Samples]:

@@ -5,6 +5,7 @@ A dry run builds for the best engine of the CPU in its place.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,16 @@ from rt.bench.gpu_parts.model import Inputs, Model
 from rt.bench.gpu_parts.place import Call
 from rt.conditioning import Conditioning, contexts
 from rt.config import BuildConfig, DType
-from rt.cuda import Stream, capture
+from rt.cuda import KernelLibrary, Stream, capture
+from rt.device_session import DeviceSession, GraphMode
 from rt.export.build import build
 from rt.export.checkpoint import Checkpoint
+from rt.kernels.library import INSTALLED, compile_loop
 from rt.model import Component
+from rt.noise import Generator
 from rt.pipeline import Pipeline
 from rt.samplers import Scheduler
+from rt.session import Loop, Row, Session
 from rt.shapes import ShapeProfile
 from rt.step import Step
 from rt.time_table import TimeTable
@@ -48,9 +53,11 @@ class Ours:
         path = scratch / "bundles" / name
         self.pipe = open_bundle(model.checkpoint, path, model.profile, dry=model.place.dry)
         self._guided = model.setting.guided
+        self._scheduler = Scheduler.from_config(model.checkpoint.spec.scheduler)
         self._single = ShapeProfile(model.profile.height, model.profile.width)
         self._latents = model.inputs.latents.cpu().numpy()
-        self._fill(model.inputs)
+        self._sides = _sides(model.inputs)
+        self._fill(model.inputs.timestep)
         self._unet = self._launch(Component.UNET, model.profile, guided=self._guided)
         self._vae = self._launch(Component.VAE_DECODER, self._single)
 
@@ -72,27 +79,46 @@ class Ours:
             guidance_scale=self.model.guidance_scale,
             negative_prompt="" if self._guided else None,
             latents=self._latents,
-            scheduler=Scheduler.from_config(self.model.checkpoint.spec.scheduler),
+            scheduler=self._scheduler,
             seed=0,
         ).images
         return np.asarray(images[0])
 
-    def _fill(self, inputs: Inputs) -> None:
+    def loops(self, steps: int) -> dict[str, Call]:
+        """Way of launching → a run of the loop alone that nobody watches, from text states to latents on the host."""
+        engines, spec, profile = self.pipe.engines, self.pipe.bundle.manifest.model, self.model.profile
+        if engines.place is None:
+            sessions: dict[str, Loop] = {"on the host": Session(engines, spec, profile)}
+        else:
+            kernels = KernelLibrary.open(engines.place.device)
+            sessions = {
+                mode.value: DeviceSession(engines, kernels, spec, profile, mode=mode) for mode in GraphMode
+            }
+        return {name: partial(self._run, session, steps) for name, session in sessions.items()}
+
+    def _run(self, session: Loop, steps: int) -> None:
+        row = Row(
+            schedule=self._scheduler.schedule(steps),
+            noise=Generator(0),
+            cond=self._sides[-1],
+            uncond=self._sides[0] if self._guided else None,
+            guidance_scale=self.model.guidance_scale,
+            latents=self._latents[0],
+        )
+        session.run([row])
+        session.latents()
+
+    def _fill(self, timestep: int) -> None:
         """The inputs of both engines, through the programs that run before the loop."""
         engines, profile = self.pipe.engines, self.model.profile
-        pooled = [None] * len(inputs.context) if inputs.pooled is None else inputs.pooled.cpu().numpy()
-        sides = [
-            Conditioning(states=states, pooled=row)
-            for states, row in zip(inputs.context.cpu().numpy(), pooled, strict=True)
-        ]
         times = TimeTable(engines.get(Component.UNET_TIME), (profile.height, profile.width))
-        times.prepare((inputs.timestep, side) for side in sides)
-        made = contexts(engines.get(Component.UNET_CONTEXT), set(sides))
+        times.prepare((timestep, side) for side in self._sides)
+        made = contexts(engines.get(Component.UNET_CONTEXT), set(self._sides))
         step = Step(engines.get(Component.UNET, profile, guided=self._guided))
         step.clear()
         step.latents[0] = self._latents[0]
-        step.write_context(0, [made[side] for side in sides])
-        step.write_time(0, [times[inputs.timestep, side] for side in sides])
+        step.write_context(0, [made[side] for side in self._sides])
+        step.write_time(0, [times[timestep, side] for side in self._sides])
         step.run()
         decoder = engines.get(Component.VAE_DECODER, self._single)
         decoder.inputs["latents"][...] = self._latents
@@ -119,10 +145,19 @@ class Ours:
         )
 
 
+def _sides(inputs: Inputs) -> list[Conditioning]:
+    """The unconditional text, where there is one, and the conditional."""
+    pooled = [None] * len(inputs.context) if inputs.pooled is None else inputs.pooled.cpu().numpy()
+    return [
+        Conditioning(states=states, pooled=row)
+        for states, row in zip(inputs.context.cpu().numpy(), pooled, strict=True)
+    ]
+
+
 def open_bundle(
     checkpoint: Checkpoint, path: Path, profile: ShapeProfile, *, dry: bool, dtype: DType | None = None
 ) -> Pipeline:
-    """The bundle at `path`, built first where there is none.
+    """The bundle at `path`, built first where there is none, as are the kernels of the loop.
 
     Args:
         checkpoint: What to build.
@@ -135,6 +170,9 @@ def open_bundle(
     backend = choose(AUTO, dtype)[0].name if dry else BACKEND
     if not (path / "manifest.json").is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        config = BuildConfig(profiles=(profile,), dtype=dtype, backend=backend)
+        config = BuildConfig(profiles=(profile,), dtype=dtype, backend=backend, max_autotune=not dry)
         build(checkpoint, path, config, force=True, quiet=True)
+    if not dry and not (INSTALLED / "kernels.json").is_file():
+        major, minor = torch.cuda.get_device_capability()
+        compile_loop(INSTALLED, [10 * major + minor])
     return Pipeline.from_bundle(path, backend=backend)

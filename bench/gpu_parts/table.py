@@ -17,6 +17,7 @@ Record = Mapping[str, Any]
 Rows = list[tuple[str, ...]]
 WIDTH, _LONGEST = 80, 28
 OURS, COMPILED = "rt", "torch.compile"
+_LAUNCHED = {"step": "a graph a step", "loop": "one graph"}
 _MEASURES = {UNET: "U-Net step", VAE: "VAE decoder"}
 
 
@@ -240,14 +241,15 @@ def _remarks(candidates: Mapping[str, Any]) -> str:
         f"{name} {row['errors'][UNET]:.1e} and {row['errors'][VAE]:.1e}" for name, row in candidates.items()
     ]
     note = f"Errors of U-Net and decoder, relative L2 from fp32: {', '.join(said)}."
-    trace = candidates.get(OURS, {}).get("trace", {})
-    if "gap_us" in trace:
-        note += (
-            f" Between two steps of ours the GPU waits {trace['gap_us']:.1f} us, {trace['gap_percent']:.2f} % "
-            f"of a step of {trace['step_us'] / 1e3:.3g} ms."
-        )
-    if "synchronisations" in trace:
-        note += f" While it launches steps the host waits {trace['synchronisations']} times for the GPU."
+    loops = candidates.get(OURS, {}).get("loop", {})
+    for name, loop in loops.items():
+        note += f" A step of our loop, {_LAUNCHED.get(name, name)}: {_time(loop['step']['median_s'])}"
+        trace = loop["trace"]
+        if "gap_us" in trace:
+            note += f", between two the GPU waits {trace['gap_us']:.1f} us, {trace['gap_percent']:.2f} %"
+        if "synchronisations" in trace:
+            note += f", and the host waits {trace['synchronisations']} times while it launches them"
+        note += "."
     return note
 
 

@@ -301,12 +301,11 @@ def candidate(**seconds: float) -> dict[str, Any]:
 
 def test_a_model_has_ratios_floors_and_aims() -> None:
     ours = candidate(unet=0.0035, picture_4=0.03)
-    ours["trace"] = {
-        "idle_percent": 1.5,
-        "gap_us": 8.0,
-        "gap_percent": 0.2,
-        "step_us": 3900.0,
-        "synchronisations": 0,
+    ours["trace"] = {"idle_percent": 1.5}
+    seen = {"gap_us": 8.0, "gap_percent": 0.2, "synchronisations": 0}
+    ours["loop"] = {
+        "step": {**times(step=0.0039), "trace": seen},
+        "loop": {**times(step=0.0038), "trace": {}},
     }
     peers = {"rt": ours, "torch.compile": candidate(unet=0.007, picture_4=0.045)}
     _, section = sections({"ceilings": CEILINGS, "sd15": model(**peers)})
@@ -315,8 +314,10 @@ def test_a_model_has_ratios_floors_and_aims() -> None:
     assert section.rows[0] == ("rt", "3.5 ms (2.00)", "30 ms (1.50)", "1.5 %", "3.0 GiB", "61 s")
     assert section.rows[2][:3] == ("floor: products alone", "2 ms", "")
     assert section.rows[3][:3] == ("aim", "4 ms", "")
-    assert "the GPU waits 8.0 us, 0.20 % of a step of 3.9 ms." in section.note
-    assert section.note.endswith("the host waits 0 times for the GPU.")
+    assert section.note.endswith(
+        "A step of our loop, a graph a step: 3.9 ms, between two the GPU waits 8.0 us, 0.20 %, "
+        "and the host waits 0 times while it launches them. A step of our loop, one graph: 3.8 ms."
+    )
 
 
 def test_the_document_has_the_newest_figures_of_each_part_of_each_gpu() -> None:
