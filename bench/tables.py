@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rt.bench.gpu_parts.table import render as render_gpu
 from rt.bench.markdown import table
 from rt.bench.peers.table import render
 from rt.bench.record import RESULTS, read
@@ -23,7 +24,7 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     records = read(results)
     return {
         Path("README.md"): {"benchmarks": _speed(records)},
-        Path("docs/benchmarks.md"): {"peers": render(records)},
+        Path("docs/benchmarks.md"): {"peers": render(records), "gpu": render_gpu(records)},
         Path(f"examples/{DEMO}/README.md"): {
             "quality": _quality(records),
             "settings": _settings(records),

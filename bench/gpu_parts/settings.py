@@ -1,0 +1,77 @@
+"""The models that are timed, each at one size, and what is timed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+UNET, VAE, PICTURE = "unet", "vae", "picture"
+GUIDANCE_SCALE = 7.5
+
+_DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
+_TRAILING = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One model at one size, batch 1.
+
+    Attributes:
+        name: For people and `--only`.
+        architecture: Of `rt.export.architectures`.
+        side: Of the picture, in pixels.
+        guided: Whether by classifier-free guidance, which makes two rows of each.
+        steps: Of the pictures that are timed.
+        sampler: What differs from the scheduler of the architecture.
+        bars_ms: Measure to the most that ours may take on an H100.
+    """
+
+    name: str
+    architecture: str
+    side: int
+    guided: bool
+    steps: tuple[int, ...]
+    sampler: Mapping[str, Any]
+    bars_ms: Mapping[str, float]
+
+    def tiny(self) -> Setting:
+        """The same at a size for a dry run."""
+        return replace(self, side=32, steps=(1,))
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            name="sd15",
+            architecture="sd15",
+            side=512,
+            guided=True,
+            steps=(20,),
+            sampler=_DDIM,
+            bars_ms={UNET: 4.0},
+        ),
+        Setting(
+            name="sd21", architecture="sd21", side=768, guided=True, steps=(20,), sampler=_DDIM, bars_ms={}
+        ),
+        Setting(
+            name="sdxl",
+            architecture="sdxl",
+            side=1024,
+            guided=True,
+            steps=(20,),
+            sampler={},
+            bars_ms={UNET: 34.0, VAE: 25.0},
+        ),
+        Setting(
+            name="sdxl-turbo",
+            architecture="sdxl",
+            side=512,
+            guided=False,
+            steps=(1, 4),
+            sampler=_TRAILING,
+            bars_ms={f"{PICTURE} 4": 35.0},
+        ),
+    )
+}

@@ -1,0 +1,316 @@
+"""What a run found out, as tables: for a terminal in 80 columns, and for `docs/benchmarks.md`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rt.bench.gpu_parts.part import Figures, Part
+from rt.bench.gpu_parts.parts import PARTS
+from rt.bench.gpu_parts.record import Gpu, Outcome, Run, Status, runs
+from rt.bench.gpu_parts.settings import PICTURE, UNET, VAE
+from rt.bench.markdown import table
+
+Record = Mapping[str, Any]
+Rows = list[tuple[str, ...]]
+WIDTH, _LONGEST = 80, 28
+OURS, COMPILED = "rt", "torch.compile"
+_LAUNCHED = {"step": "a graph a step", "loop": "one graph"}
+_MEASURES = {UNET: "U-Net step", VAE: "VAE decoder"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table.
+
+    Attributes:
+        title: Above it.
+        head: Its columns, the first of names.
+        rows: As many cells in each.
+        note: Below it, may be "".
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: Rows
+    note: str = ""
+
+    def markdown(self) -> str:
+        """For a document."""
+        parts = [f"**{self.title}**", table(self.head, self.rows), self.note]
+        return "\n\n".join(part for part in parts if part)
+
+    def text(self) -> str:
+        """For a terminal: columns beyond 80 characters follow below, with the names again."""
+        names, *others = (
+            [_cut(cell) for cell in column] for column in zip(self.head, *self.rows, strict=True)
+        )
+        blocks = [[names]]
+        for column in others:
+            if sum(_width(each) + 2 for each in blocks[-1]) + _width(column) > WIDTH:
+                blocks.append([names])
+            blocks[-1].append(column)
+        parts = ["\n".join(_lines(block)) for block in blocks]
+        return "\n".join([self.title, *parts, *([textwrap.fill(self.note, WIDTH)] if self.note else [])])
+
+
+def text(run: Run) -> str:
+    """All of one run, and how each part ended."""
+    found = [section.text() for section in sections(run.parts)]
+    ended = Section(
+        "Dry run on the CPU: no figure below means anything" if run.dry else run.gpu.name,
+        ("part", "ended", "seconds"),
+        [(name, each.status.value, f"{each.seconds:.0f}") for name, each in run.parts.items()],
+    )
+    return "\n\n".join([*([ended.text()] if run.dry else []), *found, *([] if run.dry else [ended.text()])])
+
+
+def render(records: Iterable[Record]) -> str:
+    """Of each GPU the newest figures of each part, for the document."""
+    found = [
+        "\n\n".join([_heading(gpu, parts.values()), *(section.markdown() for section in sections(parts))])
+        for gpu, parts in newest_parts(records)
+    ]
+    return "\n\n".join(found) or "not measured yet"
+
+
+def newest_parts(records: Iterable[Record]) -> list[tuple[Gpu, dict[str, Outcome]]]:
+    """Each GPU of the records, which come oldest first, with the newest outcome of each part that has figures."""
+    found: dict[str, tuple[Gpu, dict[str, Outcome]]] = {}
+    for run in runs(records):
+        measured = {name: each for name, each in run.parts.items() if each.figures}
+        if not run.dry and measured:
+            older = found.get(run.gpu.name, (run.gpu, {}))[1]
+            found[run.gpu.name] = (run.gpu, older | measured)
+    return [*found.values()]
+
+
+def sections(parts: Mapping[str, Outcome]) -> Iterator[Section]:
+    """A table of each part that has figures, in the order of `PARTS`."""
+    ceilings = parts["ceilings"].figures if "ceilings" in parts else {}
+    for part in PARTS:
+        outcome = parts.get(part.name)
+        if outcome is not None and outcome.figures:
+            head, rows, note = _TABLES[part.module](outcome.figures, ceilings)
+            if outcome.status is not Status.DONE:
+                note = f"{note} Not complete: {outcome.reason}.".strip()
+            yield Section(_title(part, outcome.figures), head, rows, note)
+
+
+def _heading(gpu: Gpu, outcomes: Iterable[Outcome]) -> str:
+    dates = sorted({outcome.date for outcome in outcomes})
+    versions = ", ".join(f"{name} {version}" for name, version in gpu.versions.items())
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"Measured on an {gpu.name}, {when}, with {versions}."
+
+
+def _title(part: Part, figures: Figures) -> str:
+    return f"{part.title}, {figures['dtype']}" if "dtype" in figures else part.title
+
+
+Table = tuple[tuple[str, ...], Rows, str]
+
+
+def _ceilings(figures: Figures, ceilings: Figures) -> Table:
+    rows = [("copy within the device", f"{figures['copy_tb_s']:.2f} TB/s")]
+    rows += [(f"{name} product", f"{value:.0f} TFLOP/s") for name, value in figures.get("tflops", {}).items()]
+    if "launch_us" in figures:
+        rows.append(("a kernel launched by itself", f"{figures['launch_us']:.2f} us"))
+        rows.append(("a kernel in a graph", f"{figures['replay_us']:.2f} us"))
+    return ("ceiling", "measured"), [*rows], ""
+
+
+def _kernels(figures: Figures, ceilings: Figures) -> Table:
+    """A line a kernel, with its largest workload; ratios of all workloads at the end."""
+    head = ("kernel", "largest workload", "time", "reaches", "of ceiling", "torch", "×", "× of all")
+    rows: Rows = []
+    for name in dict.fromkeys(row["kernel"] for row in figures["workloads"]):
+        mine = [row for row in figures["workloads"] if row["kernel"] == name]
+        timed = [row for row in mine if row["times"]]
+        if not timed:
+            rows.append((name, str(mine[0]["workload"]), "failed", "", "", "", "", ""))
+            continue
+        first = timed[0]
+        best, ratio = best_alternative(first)
+        speed, share = _reach(first, ceilings)
+        ratios = [value for row in timed if (value := best_alternative(row)[1]) is not None]
+        rows.append(
+            (
+                name,
+                str(first["workload"]),
+                _time(first["times"]["ours"]["median_s"]),
+                speed,
+                share,
+                best,
+                "" if ratio is None else f"{ratio:.2f}",
+                f"{min(ratios):.2f}–{max(ratios):.2f}" if ratios else "",
+            )
+        )
+    checked = [*figures["cases"], *figures["workloads"]]
+    wrong = [f"{row['kernel']} {row.get('workload', row['case'])}" for row in checked if not row["passed"]]
+    note = f"{len(checked) - len(wrong)} of {len(checked)} cases agree with their reference."
+    note += f" Wrong: {'; '.join(wrong)}." if wrong else ""
+    note += " × is the time of the best alternative in torch over ours: above 1 ours is faster."
+    return head, rows, note + (f" Not timed: {len(figures['left_out'])}." if figures["left_out"] else "")
+
+
+def best_alternative(row: Figures) -> tuple[str, float | None]:
+    """The fastest alternative's time with its name, and how many times ours it takes."""
+    others = {name: each["median_s"] for name, each in row["times"].items() if name != "ours"}
+    if not others:
+        return "", None
+    name = min(others, key=lambda each: others[each])
+    return f"{_time(others[name])} {name}", others[name] / row["times"]["ours"]["median_s"]
+
+
+def _reach(row: Figures, ceilings: Figures) -> tuple[str, str]:
+    """What moves or computes more, as a rate, and the part of its ceiling where that was measured."""
+    seconds = row["times"]["ours"]["median_s"]
+    dtype = row["case"].split()[0]
+    peak = ceilings.get("tflops", {}).get(dtype)
+    copy = ceilings.get("copy_tb_s")
+    compute = row["flops"] / (peak * 1e12) if peak else 0.0
+    memory = row["bytes"] / (copy * 1e12) if copy else 0.0
+    share = f"{max(compute, memory) / seconds:.0%}" if compute or memory else ""
+    if compute > memory:
+        return f"{row['flops'] / seconds / 1e12:.3g} TFLOP/s", share
+    return f"{row['bytes'] / seconds / 1e12:.3g} TB/s", share
+
+
+def _payloads(figures: Figures, ceilings: Figures) -> Table:
+    rows: Rows = []
+    for name in dict.fromkeys(row["kernel"] for row in figures["payloads"]):
+        mine = [row for row in figures["payloads"] if row["kernel"] == name]
+        worst = max(mine, key=lambda row: row["error"] / (row["tolerance"] or 1))
+        right = sum(row["passed"] for row in mine)
+        error = f"{worst['error']:.1e} of {worst['tolerance']:.0e}"
+        rows.append((name, f"{right} of {len(mine)}", error, str(max(row["registers"] for row in mine))))
+    return ("kernel", "right", "largest error", "registers"), rows, ""
+
+
+def _demo(figures: Figures, ceilings: Figures) -> Table:
+    rows: Rows = [
+        (
+            row["dtype"],
+            f"{row['pictures']}, {row['steps']} steps",
+            f"{row['levels']:.2f} of 255",
+            f"{row['psnr_db']:.1f} dB",
+            "yes" if row["passed"] else "NO",
+        )
+        for row in figures["pictures"]
+    ]
+    return ("format", "pictures", "largest difference", "least PSNR", "the same"), rows, ""
+
+
+def _model(figures: Figures, ceilings: Figures) -> Table:
+    candidates = figures["candidates"]
+    measures = [*dict.fromkeys(name for row in candidates.values() for name in row["measures"])]
+    base = candidates.get(COMPILED, {}).get("measures", {})
+    rows: Rows = []
+    for name, row in candidates.items():
+        cells = []
+        for measure in measures:
+            seconds = row["measures"].get(measure, {}).get("median_s")
+            theirs = base.get(measure, {}).get("median_s")
+            ratio = f" ({theirs / seconds:.2f})" if seconds and theirs else ""
+            cells.append(f"{_time(seconds)}{ratio}" if seconds else "")
+        idle = f"{row['trace']['idle_percent']:.1f} %" if row.get("trace") else ""
+        rows.append((name, *cells, idle, f"{row['held_gib']:.1f} GiB", f"{row['ready_s']:.0f} s"))
+    peak = ceilings.get("tflops", {}).get(figures["dtype"])
+    floors = {m: _time(f / peak / 1e12) for m, f in figures["flops"].items()} if peak else {}
+    rows.append(("floor: products alone", *(floors.get(measure, "") for measure in measures), "", "", ""))
+    if figures["bars_ms"]:
+        bars = figures["bars_ms"]
+        rows.append(("aim", *(f"{bars[m]:g} ms" if m in bars else "" for m in measures), "", "", ""))
+    columns = [
+        _MEASURES.get(measure, f"{measure.removeprefix(PICTURE).strip()}-step picture")
+        for measure in measures
+    ]
+    return (f"time (× {COMPILED})", *columns, "GPU idle", "holds", "ready"), rows, _remarks(candidates)
+
+
+def measure_name(measure: str) -> str:
+    """For people."""
+    return _MEASURES.get(measure, f"{measure.removeprefix(PICTURE).strip()}-step picture")
+
+
+def _remarks(candidates: Mapping[str, Any]) -> str:
+    said = [
+        f"{name} {row['errors'][UNET]:.1e} and {row['errors'][VAE]:.1e}" for name, row in candidates.items()
+    ]
+    note = f"Errors of U-Net and decoder, relative L2 from fp32: {', '.join(said)}."
+    loops = candidates.get(OURS, {}).get("loop", {})
+    for name, loop in loops.items():
+        note += f" A step of our loop, {_LAUNCHED.get(name, name)}: {_time(loop['step']['median_s'])}"
+        trace = loop["trace"]
+        if "gap_us" in trace:
+            note += f", between two the GPU waits {trace['gap_us']:.1f} us, {trace['gap_percent']:.2f} %"
+        if "synchronisations" in trace:
+            note += f", and the host waits {trace['synchronisations']} times while it launches them"
+        note += "."
+    return note
+
+
+def _ablation(figures: Figures, ceilings: Figures) -> Table:
+    """Each step's time, with its ratio to the first of its kind."""
+    first = figures["passes"][0]["time"]["median_s"]
+    rows: Rows = []
+    for row in figures["passes"]:
+        seconds = row["time"]["median_s"]
+        name = row["pass"] if not rows else f"+ {row['pass']}"
+        cells = (_time(seconds), f"{first / seconds:.2f}", f"{row['flops'] / 1e9:.3g}", f"{row['error']:.1e}")
+        rows.append((name, *cells))
+    launching = figures.get("launching", {})
+    for name, samples in launching.items():
+        ratio = launching["no graph"]["median_s"] / samples["median_s"]
+        rows.append((f"compiled, {name}", _time(samples["median_s"]), f"{ratio:.2f}", "", ""))
+    return ("guided step of SD 1.5", "time", "×", "GFLOP", "error"), rows, ""
+
+
+def _fp8(figures: Figures, ceilings: Figures) -> Table:
+    names = ("fp16", "fp8", "fp8 with cast")
+    rows = [
+        (
+            row["layer"],
+            *(_time(row["times"][name]["median_s"]) for name in names),
+            f"{row['errors']['fp8']:.1e}",
+        )
+        for row in figures["layers"]
+    ]
+    return ("layer", *names, "error"), rows, ""
+
+
+_TABLES: Mapping[str, Callable[[Figures, Figures], Table]] = {
+    "ceilings": _ceilings,
+    "kernels": _kernels,
+    "payloads": _payloads,
+    "demo": _demo,
+    "models": _model,
+    "ablation": _ablation,
+    "fp8": _fp8,
+}
+
+
+def _time(seconds: float) -> str:
+    """Three digits in the unit that fits."""
+    for scale, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def _cut(cell: str) -> str:
+    return cell if len(cell) <= _LONGEST else f"{cell[: _LONGEST - 1]}…"
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(len, column))
+
+
+def _lines(columns: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Names to the left, all else to the right."""
+    for name, *cells in zip(*columns, strict=True):
+        aligned = [f"{cell:>{_width(column)}}" for cell, column in zip(cells, columns[1:], strict=True)]
+        yield "  ".join([f"{name:<{_width(columns[0])}}", *aligned]).rstrip()

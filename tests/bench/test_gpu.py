@@ -1,0 +1,386 @@
+"""The GPU benchmark without a GPU: every part at tiny size, what is kept of a run, and when parts are left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner
+
+from rt.bench.gpu import command
+from rt.bench.gpu_parts.apart import Ended, apart
+from rt.bench.gpu_parts.part import Context, Part, choose
+from rt.bench.gpu_parts.parts import PARTS
+from rt.bench.gpu_parts.record import DRY, Gpu, Outcome, Run, Status, newest
+from rt.bench.gpu_parts.run import run_parts
+from rt.bench.gpu_parts.table import Section, render, sections, text
+from rt.bench.gpu_parts.trace import summary
+from rt.bench.record import Provenance
+from rt.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+H100 = Gpu(
+    name="NVIDIA H100 80GB HBM3",
+    capability=90,
+    memory_gib=79.1,
+    multiprocessors=132,
+    l2_mib=50.0,
+    versions={"torch": "2.13.0"},
+)
+# What a test can afford at any time; the models trace, build and compile.
+QUICK = ("ceilings", "fp8")
+NAMES = [part.name for part in PARTS]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(dry=True, scratch=tmp_path / "scratch", seed=7)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, so that models of the same shapes are built once."""
+    return tmp_path_factory.mktemp("gpu")
+
+
+def a_run(**parts: Outcome) -> Run:
+    return Run(provenance=Provenance.now(), gpu=DRY, seed=7, parts=parts)
+
+
+def outcome(status: Status = Status.DONE, **figures: Any) -> Outcome:
+    return Outcome(status=status, date="2020-01-01", commit=None, figures=figures)
+
+
+# Parts that live here, so that a process of their own can import them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fake(Part):
+    """A part that does what its arguments say."""
+
+    module: str = ""
+    title: str = "Fake"
+    minutes: float = 0.1
+
+    def run(self, context: Context) -> Iterator[dict[str, int]]:
+        yield {"figure": context.seed}
+        if "sleep" in self.arguments:
+            subprocess.Popen(["sleep", "600"])
+            time.sleep(600)
+        if "raise" in self.arguments:
+            raise ValueError("the first line\nthe second")
+        if "die" in self.arguments:
+            os._exit(3)
+        print("all is well")
+        yield {"figure": context.seed, "more": 1}
+
+
+def test_both_ways_to_start_it_and_no_part_by_another_name(tmp_path: Path) -> None:
+    for start in ([str(ROOT / "bench" / "gpu.py")], ["-m", "rt.bench.gpu"]):
+        done = subprocess.run(
+            [sys.executable, *start, "--dry", "--only", "ceiling"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr.splitlines() == [
+            f"Error: no part 'ceiling' (did you mean 'ceilings'?); there are: {', '.join(NAMES)}"
+        ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = CliRunner().invoke(
+        command, ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch")]
+    )
+    assert done.exit_code == 1
+    assert (
+        "Error: torch sees no GPU; go to a machine with one, or see that all runs with --dry" in done.output
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_parts_fit_into_the_time_that_the_command_promises() -> None:
+    assert sum(part.minutes for part in PARTS) <= 25
+    assert len(set(NAMES)) == len(NAMES)
+
+
+def test_a_part_that_is_wanted_runs_in_its_order() -> None:
+    assert [part.name for part in choose(PARTS, ("fp8", "ceilings"))] == ["ceilings", "fp8"]
+    with pytest.raises(ConfigError, match="did you mean 'kernels'"):
+        choose(PARTS, ("kernal",))
+
+
+def test_a_dry_run_prints_tables_of_80_columns_and_writes_where_it_is_told(tmp_path: Path) -> None:
+    arguments = ["--dry", *(f"--only={name}" for name in QUICK), "--scratch", str(tmp_path / "scratch")]
+    done = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    printed, path = done.output.rstrip().rsplit("\n\n", 1)
+    assert "no figure below means anything" in printed and "copy within the device" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    record = json.loads(Path(path).read_text())
+    assert set(record) == {"schema", "provenance", "gpu", "seed", "parts"}
+    assert {name: part["status"] for name, part in record["parts"].items()} == dict.fromkeys(QUICK, "done")
+    assert set(record["parts"]["fp8"]) == {"status", "reason", "seconds", "date", "commit", "figures"}
+    assert json.loads(json.dumps(Run.from_json(record).to_json())) == record
+    assert render([record]) == "not measured yet"
+
+    again = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "out"), "--resume"])
+    assert again.output.count("kept, measured") == 2
+    assert json.loads(Path(path).read_text()) == record
+
+
+def test_a_dry_run_leaves_no_record_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(command, ["--dry", "--only", "ceilings"])
+    assert done.exit_code == 0, done.output
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def check_figures(name: str, figures: Any) -> None:
+    """Each part's figures make a table in which nothing is missing, and a document of it."""
+    [section] = sections({name: outcome(**figures)})
+    assert section.rows and all(len(row) == len(section.head) for row in section.rows)
+    assert max(map(len, section.text().splitlines())) <= 80
+    for row in [*figures.get("workloads", []), *figures.get("payloads", []), *figures.get("pictures", [])]:
+        assert row["passed"], row
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name in (*QUICK, "payloads")])
+def test_every_small_part_runs_dry(name: str, context: Context) -> None:
+    [part] = choose(PARTS, (name,))
+    *_, figures = part.run(context)
+    json.dumps(figures)
+    check_figures(name, figures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*QUICK, "payloads")])
+def test_every_large_part_runs_dry(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    [part] = choose(PARTS, (name,))
+    run = run_parts(
+        [part],
+        Context(dry=True, scratch=scratch, seed=7),
+        a_run(),
+        minutes=30,
+        keep=lambda run: None,
+        say=lambda line: None,
+    )
+    assert run.parts[name].status is Status.DONE, run.parts[name].reason
+    check_figures(name, run.parts[name].figures)
+    for row in run.parts[name].figures.get("candidates", {}).values():
+        assert all(error < 1e-4 for error in row["errors"].values()), row
+
+
+def test_a_part_has_a_process_of_its_own_and_prints_to_its_log(context: Context, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "fake.log"
+    values = list(apart(Fake(name="fake").run, context, seconds=100, log=log))
+    assert values == [{"figure": 7}, {"figure": 7, "more": 1}, Ended()]
+    assert log.read_text() == "all is well\n"
+
+
+@pytest.mark.parametrize(
+    ("does", "status", "reason"),
+    [
+        ("raise", Status.FAILED, "ValueError: the first line; see "),
+        ("die", Status.FAILED, "its process died, exit code 3; see "),
+    ],
+)
+def test_what_ends_a_part_early_ends_no_other_and_leaves_its_figures(
+    does: str, status: Status, reason: str, context: Context
+) -> None:
+    parts = [Fake(name="bad", arguments={does: True}), Fake(name="good")]
+    kept: list[Run] = []
+    run = run_parts(parts, context, a_run(), minutes=5, keep=kept.append, say=lambda line: None)
+    assert run.parts["bad"].status is status and run.parts["bad"].reason.startswith(reason)
+    assert run.parts["bad"].figures == {"figure": 7}
+    assert run.parts["good"].status is Status.DONE and run.parts["good"].figures == {"figure": 7, "more": 1}
+    assert kept[0].parts["bad"].status is Status.STOPPED  # what a machine that is taken away has left
+    assert kept[-1] == run
+
+
+def test_a_part_is_stopped_at_its_limit_with_all_that_it_started(context: Context, tmp_path: Path) -> None:
+    work = Fake(name="slow", arguments={"sleep": True}).run
+    *values, ended = apart(work, context, seconds=10, log=tmp_path / "slow.log")
+    assert values == [{"figure": 7}]
+    assert not ended.in_time and ended.problem.startswith("stopped after 0.2 minutes")
+    commands = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
+    assert not re.search(r"^ *1 sleep 600$", commands, re.M)
+
+
+def test_a_part_that_does_not_fit_any_more_is_skipped_and_keeps_what_was_measured(context: Context) -> None:
+    parts = [Fake(name="long", minutes=9.0), Fake(name="short")]
+    lines: list[str] = []
+    run = run_parts(parts, context, a_run(), minutes=1, keep=lambda run: None, say=lines.append)
+    assert run.parts["long"].status is Status.SKIPPED and run.parts["short"].status is Status.DONE
+    assert "needs about 9 minutes, 1.0 are left; run again with --resume" in lines[0]
+    before = a_run(long=outcome(Status.STOPPED, figure=1))
+    run = run_parts(parts[:1], context, before, minutes=1, keep=lambda run: None, say=lines.append)
+    assert run.parts == before.parts
+
+
+def test_a_run_is_taken_up_again_on_the_same_gpu_only(tmp_path: Path) -> None:
+    run = replace(a_run(ceilings=outcome(copy_tb_s=1.0)), gpu=H100)
+    assert run.save(tmp_path).name == f"{run.provenance.date}-gpu-h100-80gb-hbm3.json"
+    assert not list(tmp_path.glob("*.part"))
+    assert newest(tmp_path, H100) == run
+    assert newest(tmp_path, replace(H100, name="NVIDIA H200")) is None
+    assert newest(tmp_path / "nowhere", H100) is None
+    with pytest.raises(ConfigError, match="a GPU record of schema 99, not 1: measure again"):
+        Run.from_json({**run.to_json(), "schema": 99})
+
+
+def times(**seconds: float) -> dict[str, Any]:
+    return {name.replace("_", " "): {"median_s": value} for name, value in seconds.items()}
+
+
+KERNEL = {
+    "kernel": "attention",
+    "workload": "sd15",
+    "case": "float16 batch=2",
+    "passed": True,
+    "bytes": 10**9,
+    "flops": 10**12,
+    "times": times(ours=0.002, torch=0.003, torch_flash=0.0025),
+}
+CEILINGS = outcome(copy_tb_s=2.5, tflops={"float16": 800.0})
+
+
+def test_a_kernel_is_held_against_the_ceilings_and_the_best_alternative() -> None:
+    small = {**KERNEL, "workload": "tiny", "times": times(ours=0.001, torch=0.0005)}
+    bad = {**KERNEL, "workload": "big", "passed": False, "times": {}}
+    other = {**bad, "kernel": "geglu"}
+    figures = {"cases": [KERNEL], "workloads": [bad, KERNEL, small, other], "left_out": ["x y"]}
+    _, section = sections({"ceilings": CEILINGS, "kernels": outcome(**figures)})
+    assert section.rows[1][:3] == ("geglu", "big", "failed")
+    assert section.rows[0] == (
+        "attention",
+        "sd15",
+        "2 ms",
+        "500 TFLOP/s",
+        "62%",
+        "2.5 ms torch flash",
+        "1.25",
+        "0.50–1.25",
+    )
+    assert "3 of 5 cases agree with their reference. Wrong: attention big; geglu big." in section.note
+    assert section.note.endswith("Not timed: 1.")
+
+
+def model(**candidates: Any) -> Outcome:
+    return outcome(
+        dtype="float16",
+        flops={"unet": 16 * 10**11, "vae": 8 * 10**11},
+        bars_ms={"unet": 4.0},
+        candidates=candidates,
+    )
+
+
+def candidate(**seconds: float) -> dict[str, Any]:
+    return {
+        "errors": {"unet": 1e-3, "vae": 2e-3},
+        "held_gib": 3.0,
+        "ready_s": 61.0,
+        "trace": {},
+        "measures": times(**seconds),
+    }
+
+
+def test_a_model_has_ratios_floors_and_aims() -> None:
+    ours = candidate(unet=0.0035, picture_4=0.03)
+    ours["trace"] = {"idle_percent": 1.5}
+    seen = {"gap_us": 8.0, "gap_percent": 0.2, "synchronisations": 0}
+    ours["loop"] = {
+        "step": {**times(step=0.0039), "trace": seen},
+        "loop": {**times(step=0.0038), "trace": {}},
+    }
+    peers = {"rt": ours, "torch.compile": candidate(unet=0.007, picture_4=0.045)}
+    _, section = sections({"ceilings": CEILINGS, "sd15": model(**peers)})
+    assert section.title == "SD 1.5, 512 × 512, float16"
+    assert section.head[:3] == ("time (× torch.compile)", "U-Net step", "4-step picture")
+    assert section.rows[0] == ("rt", "3.5 ms (2.00)", "30 ms (1.50)", "1.5 %", "3.0 GiB", "61 s")
+    assert section.rows[2][:3] == ("floor: products alone", "2 ms", "")
+    assert section.rows[3][:3] == ("aim", "4 ms", "")
+    assert section.note.endswith(
+        "A step of our loop, a graph a step: 3.9 ms, between two the GPU waits 8.0 us, 0.20 %, "
+        "and the host waits 0 times while it launches them. A step of our loop, one graph: 3.8 ms."
+    )
+
+
+def test_the_document_has_the_newest_figures_of_each_part_of_each_gpu() -> None:
+    first = replace(a_run(ceilings=CEILINGS, fp8=outcome(Status.FAILED)), gpu=H100).to_json()
+    second = replace(
+        a_run(sd15=replace(model(rt=candidate(unet=0.5)), status=Status.STOPPED, reason="stopped")), gpu=H100
+    ).to_json()
+    shown = render([{"provenance": {}}, first, second])
+    assert shown.startswith("Measured on an NVIDIA H100 80GB HBM3, 2020-01-01, with torch 2.13.0.")
+    assert "| copy within the device | 2.50 TB/s |" in shown and "500 ms" in shown
+    assert "Not complete: stopped." in shown and "fp8" not in shown
+    newer = replace(a_run(ceilings=outcome(copy_tb_s=3.0)), gpu=H100).to_json()
+    assert "2.50 TB/s" not in render([first, second, newer])
+    assert render([]) == "not measured yet"
+
+
+def test_wide_tables_continue_below_with_their_names() -> None:
+    section = Section("wide", ("name", *"abcdef"), [("n" * 40, *(letter * 20 for letter in "abcdef"))])
+    lines = section.text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("n" * 27 + "…") for line in lines) == 3
+
+
+def test_the_terminal_hears_how_each_part_ended() -> None:
+    run = replace(a_run(ceilings=CEILINGS, kernels=outcome(Status.FAILED)), gpu=H100)
+    assert re.search(r"kernels +failed", text(run))
+
+
+def graph(start: float, correlation: int, *durations: float) -> list[dict[str, Any]]:
+    """A launch at `start` − 5 whose kernels follow each other from `start`."""
+    runtime = {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": start - 5, "dur": 1}
+    events = [{**runtime, "args": {"correlation": correlation}}]
+    for duration in durations:
+        kernel = {"ph": "X", "cat": "kernel", "name": "k", "ts": start, "dur": duration}
+        events.append({**kernel, "args": {"correlation": correlation}})
+        start += duration
+    return events
+
+
+def test_a_trace_says_how_long_the_gpu_waits_between_steps() -> None:
+    wait = {"ph": "X", "cat": "cuda_runtime", "name": "cudaStreamSynchronize", "dur": 1, "args": {}}
+    events = [
+        *graph(10, 1, 4, 4, 2),  # ends at 20
+        *graph(21, 2, 4, 4, 1),  # 30
+        *graph(31, 3, 4, 4, 1),  # 40
+        *graph(45, 4, 5),
+        {"ph": "M", "name": "a remark"},
+    ]
+    found = summary([*events, {**wait, "ts": 100}])
+    assert (found["kernels"], found["steps"], found["span_us"]) == (10, 3, 40)
+    assert found["idle_percent"] == pytest.approx(100 * 7 / 40)
+    assert (found["gap_us"], found["step_us"], found["synchronisations"]) == (1, 10.5, 0)
+    assert summary([*events, {**wait, "ts": 18}])["synchronisations"] == 1
+    assert "synchronisations" not in summary([event for event in events if event.get("cat") == "kernel"])
+    single = summary([*graph(0, 1, 2), *graph(2, 2, 2)])
+    assert "gap_us" not in single and single["idle_percent"] == 0
+    assert summary([]) == {}
+
+
+def test_the_plot_shows_models_and_kernels(tmp_path: Path) -> None:
+    plot = pytest.importorskip("rt.bench.gpu_parts.plot")
+    figures = {"cases": [], "workloads": [KERNEL], "left_out": []}
+    sd15 = model(rt=candidate(unet=0.5), diffusers=candidate(unet=0.7, picture_4=2.0))
+    replace(a_run(kernels=outcome(**figures), sd15=sd15), gpu=H100).save(tmp_path)
+    plot.update(tmp_path, tmp_path)
+    assert ElementTree.parse(tmp_path / "gpu-h100-80gb-hbm3.svg").getroot().tag.endswith("svg")
