@@ -7,7 +7,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from rt.backends import ON_HOST, Backend, Form, choose_target, get
+from rt.backends import ON_HOST, Backend, DeviceBackend, Form, choose_target, get
 from rt.bundle import (
     MANIFEST,
     SCHEMA,
@@ -47,6 +47,7 @@ from rt.export.program import Program
 from rt.export.staging import staged
 from rt.export.trace import trace
 from rt.export.weights import one_line
+from rt.kernel_image import KernelImage
 from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress
 from rt.samplers import Scheduler
@@ -97,6 +98,7 @@ def build(
         profile.check_multiple(spec.vae_scale_factor)
     backend, _ = choose_target(config.backend, config.dtype)
     check_options(backend, Request(stage=Path(output), config=config, donor=donor))
+    compile_loop = _loop_compiler(backend)
     if problem := backend.available().problem:
         logger.warning(
             "%s %s: what is built for it is not run; check it where it will be: rt verify",
@@ -120,6 +122,8 @@ def build(
         for encoder in spec.text_encoders:
             checkpoint.tokenizer(encoder).save(stage / "tokenizer" / f"{encoder.value}.json")
         _copy_licence(checkpoint, stage)
+        with _step(bar, "compile the loop"):
+            kernels = compile_loop(stage)
         with _step(bar, "hash the source"):
             source = _source(checkpoint)
         manifest = Manifest(
@@ -136,6 +140,7 @@ def build(
             model=spec,
             config=config,
             engines=tuple(engines),
+            kernels=kernels,
             versions=_versions(),
             files={name: _record(stage / name) for name in _files(stage)},
         )
@@ -323,7 +328,7 @@ def _step(bar: Bar, label: str) -> Iterator[None]:
 
 
 def _steps(checkpoint: Checkpoint, config: BuildConfig, backend: Backend) -> int:
-    """Of the progress bar: a load a component, three or four steps a program, a calibration, and the hashes."""
+    """Of the progress bar: a load a component, three or four steps a program, calibration, the loop and hashes."""
     sizes = {(profile.height, profile.width) for profile in config.profiles}
     halves = sum(
         component in (Component.VAE_ENCODER, Component.VAE_DECODER) for component in checkpoint.components
@@ -333,7 +338,20 @@ def _steps(checkpoint: Checkpoint, config: BuildConfig, backend: Backend) -> int
     fused = (steps + halves * len(sizes)) if config.dtype in _fused_formats(backend) else 0
     a_program = 3 if writer(backend) is None else 4
     calibrations = config.dtype in BITS
-    return len(checkpoint.components) + a_program * programs + fused + calibrations + 1
+    return len(checkpoint.components) + a_program * programs + fused + calibrations + 2
+
+
+def _loop_compiler(backend: Backend) -> Callable[[Path], tuple[KernelImage, ...]]:
+    """Writes the kernels that a loop on `backend` launches; on the host there are none.
+
+    Raises:
+        BackendUnavailableError: It needs Triton, which is not installed.
+    """
+    if not isinstance(backend, DeviceBackend):
+        return lambda stage: ()
+    from rt.export.loop_kernels import compile_loop
+
+    return compile_loop
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

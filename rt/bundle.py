@@ -4,6 +4,7 @@
     tokenizer/<component>.json   one a text encoder
     engines/<name>.<form>        one or more a program and shape: a graph, a compiled library, a plan
     engines/<component>.weights  the tensors that these share
+    kernels/<name>.cubin         what the sampling loop launches itself on a GPU
     reference/<name>.npz         inputs and torch's outputs, for `rt verify`
 
 `docs/bundle-format.md` describes each field. A bundle is code: run only those you trust.
@@ -24,6 +25,7 @@ from typing import Any
 from rt.backends import Backend
 from rt.config import BuildConfig, DType
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
+from rt.kernel_image import KernelImage
 from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile, TensorSpec
 
@@ -212,6 +214,7 @@ class Manifest:
     engines: tuple[EngineRecord, ...]
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    kernels: tuple[KernelImage, ...] = ()
 
     def unfit(self, backend: Backend) -> str:
         """Why `backend` cannot run these engines, or "" when it can."""
@@ -235,6 +238,7 @@ class Manifest:
             "model": self.model.to_json(),
             "config": self.config.to_json(),
             "engines": [asdict(engine) for engine in self.engines],
+            "kernels": [kernel.to_json() for kernel in self.kernels],
             "versions": dict(self.versions),
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
         }
@@ -278,6 +282,7 @@ class Manifest:
                 model=ModelSpec.from_json(body["model"]),
                 config=BuildConfig.from_json(body["config"]),
                 engines=tuple(EngineRecord.from_json(engine) for engine in body["engines"]),
+                kernels=tuple(KernelImage.from_json(kernel) for kernel in body["kernels"]),
                 versions=body["versions"],
                 files={name: FileRecord(**record) for name, record in body["files"].items()},
             )

@@ -390,7 +390,9 @@ class Pipeline:
         if self.engines.place is None:
             return Session(self.engines, spec, profile)
         if self._kernels is None:
-            self._kernels = KernelLibrary.open(self.engines.place.device)
+            device, images = self.engines.place.device, self.bundle.manifest.kernels
+            self.bundle.verify(image.file for image in images if image.runs_on(device.capability))
+            self._kernels = KernelLibrary(device, images, self.bundle.path)
         return DeviceSession(self.engines, self._kernels, spec, profile)
 
     def _profiles_of(self, size: tuple[int, int]) -> list[ShapeProfile]:

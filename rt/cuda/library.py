@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rt.cuda.device import Device, Kernel
-from rt.errors import BackendError, BackendUnavailableError, IntegrityError
+from rt.errors import BackendError, IntegrityError
 from rt.kernel_image import KernelImage
 
-INSTALLED = Path(__file__).parents[1] / "_native" / "kernels" / "kernels.json"
-"""The list of the kernels that come with the package."""
 Constant = int | float | bool | str
 
 
@@ -28,28 +25,6 @@ class KernelLibrary:
         self._device, self._folder = device, folder
         self._images = tuple(images)
         self._loaded: dict[str, Kernel] = {}
-
-    @classmethod
-    def open(cls, device: Device, path: Path = INSTALLED) -> KernelLibrary:
-        """Of the list at `path`, JSON with a `KernelImage` an entry.
-
-        Raises:
-            BackendUnavailableError: There is no such list.
-            IntegrityError: It is not one.
-        """
-        try:
-            entries = json.loads(path.read_text())
-            images = [KernelImage.from_json(entry) for entry in entries]
-        except FileNotFoundError:
-            raise BackendUnavailableError(
-                f"{path} is not there: this installation has no GPU kernels; compile them with"
-                " python -m rt.kernels.library"
-            ) from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise IntegrityError(
-                f"{path} is no list of kernels ({type(error).__name__}: {error}); compile them again"
-            ) from None
-        return cls(device, images, path.parent)
 
     def get(
         self,
@@ -75,7 +50,7 @@ class KernelLibrary:
         if not named:
             known = ", ".join(sorted({image.kernel for image in self._images})) or "none"
             raise BackendError(
-                f"there is no compiled kernel {kernel}; there are: {known}. Compile the kernels again"
+                f"there is no compiled kernel {kernel}; there are: {known}. Build the bundle again"
             )
         fitting = [
             image
@@ -88,14 +63,14 @@ class KernelLibrary:
             wanted = _describe({**dtypes, **sizes, **(constants or {})})
             there = "; ".join(sorted({image.name for image in named}))
             raise BackendError(
-                f"{kernel} was not compiled for {wanted}; there are: {there}. Add it and compile again"
+                f"{kernel} was not compiled for {wanted}; there are: {there}. Build the bundle again"
             )
         runs = [image for image in fitting if image.runs_on(self._device.capability)]
         if not runs:
             there = ", ".join(str(each) for each in sorted({image.capability for image in fitting}))
             raise BackendError(
                 f"{kernel} was compiled for compute capability {there}, and {self._device.name} has "
-                f"{self._device.capability}; compile the kernels for it"
+                f"{self._device.capability}; build the bundle again, with an rt that knows it"
             )
         return self._load(max(runs, key=lambda image: image.capability))
 
@@ -105,7 +80,7 @@ class KernelLibrary:
                 cubin = (self._folder / image.file).read_bytes()
             except FileNotFoundError:
                 raise IntegrityError(
-                    f"{self._folder / image.file} is missing, the code of {image.name}; compile the kernels again"
+                    f"{self._folder / image.file} is missing, the code of {image.name}; build the bundle again"
                 ) from None
             self._loaded[image.name] = self._device.load(image, cubin)
         return self._loaded[image.name]

@@ -529,7 +529,7 @@ def device_pipe(demo_bundle, tmp_path, monkeypatch):
             return DeviceSide(path.stem, self.load(path, inputs, outputs, dtype=dtype, threads=2), device)
 
     monkeypatch.setitem(BACKENDS, OnDevice.name, OnDevice())
-    monkeypatch.setattr("rt.pipeline.KernelLibrary.open", lambda device: library(device, tmp_path))
+    monkeypatch.setattr("rt.pipeline.KernelLibrary", lambda device, *_: library(device, tmp_path))
     pipe = rt.Pipeline.from_bundle(demo_bundle, backend=OnDevice.name)
     yield pipe
     pipe.close()
@@ -595,16 +595,11 @@ def test_interrupt_on_a_device(device_pipe, words):
     assert got.timings.steps == 3
 
 
-def test_kernels_that_are_not_installed(device_pipe, words, monkeypatch, tmp_path):
-    from rt.cuda import KernelLibrary
-
-    def open_missing(device):
-        return original(device, tmp_path / "none.json")
-
+def test_a_bundle_that_was_built_for_the_processor_has_no_kernels(device_pipe, words, monkeypatch):
     monkeypatch.undo()
-    original = KernelLibrary.open
-    monkeypatch.setattr("rt.pipeline.KernelLibrary.open", open_missing)
-    with pytest.raises(BackendUnavailableError, match="this installation has no GPU kernels"):
+    with pytest.raises(
+        BackendError, match=r"there is no compiled kernel \w+; there are: none\. Build the bundle"
+    ):
         device_pipe(words(), **FAST)
 
 

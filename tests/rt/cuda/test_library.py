@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from rt.cuda import KernelLibrary
 from rt.cuda.host import HostDevice
-from rt.errors import BackendError, BackendUnavailableError, IntegrityError
+from rt.errors import BackendError, IntegrityError
 from rt.kernel_image import TensorArgument
 
 FORMATS = {"x": "float32"}
@@ -39,7 +37,6 @@ def images(make_image):
 def folder(tmp_path, images):
     for image in images:
         (tmp_path / image.file).write_bytes(image.name.encode())
-    (tmp_path / "kernels.json").write_text(json.dumps([image.to_json() for image in images]))
     return tmp_path
 
 
@@ -47,8 +44,8 @@ def names(device):
     return [call.subject for call in device.calls if call.name == "load"]
 
 
-def test_what_fits_is_loaded_once(device, folder):
-    library = KernelLibrary.open(device, folder / "kernels.json")
+def test_what_fits_is_loaded_once(device, images, folder):
+    library = KernelLibrary(device, images, folder)
     for rows in (1, 2):
         kernel = library.get(
             "scale", dtypes=FORMATS, sizes={"rows": rows, "columns": 8}, constants={"factor": 3}
@@ -68,7 +65,7 @@ def test_what_is_missing_is_named(images, folder):
     device = HostDevice({"scale": lambda *_: None}, capability=120)
     library = KernelLibrary(device, images, folder)
     for arguments, message in [
-        (("rotate", FORMATS, {}), r"^there is no compiled kernel rotate; there are: scale\. Compile"),
+        (("rotate", FORMATS, {}), r"^there is no compiled kernel rotate; there are: scale\. Build"),
         (
             ("scale", {"x": "bfloat16"}, {}),
             r"^scale was not compiled for x bfloat16; there are: scale_float16_4_sm80",
@@ -79,7 +76,7 @@ def test_what_is_missing_is_named(images, folder):
         ),
         (
             ("scale", FORMATS, {"columns": 4}),
-            r"for compute capability 80, 90, and host has 120; compile the kernels",
+            r"for compute capability 80, 90, and host has 120; build the bundle",
         ),
     ]:
         kernel, dtypes, sizes = arguments
@@ -94,14 +91,6 @@ def test_what_is_missing_is_named(images, folder):
 def test_files_that_are_missing_or_broken(device, images, folder):
     (folder / "scale_float32_4_sm90.cubin").unlink()
     with pytest.raises(
-        IntegrityError, match=r"sm90\.cubin is missing, the code of scale_float32_4_sm90; compile"
+        IntegrityError, match=r"sm90\.cubin is missing, the code of scale_float32_4_sm90; build"
     ):
         KernelLibrary(device, images, folder).get("scale", dtypes=FORMATS, sizes={"columns": 4})
-    with pytest.raises(
-        BackendUnavailableError, match="this installation has no GPU kernels; compile them with"
-    ):
-        KernelLibrary.open(device, folder / "none.json")
-    for text in ("{", "[{}]", "[3]"):
-        (folder / "kernels.json").write_text(text)
-        with pytest.raises(IntegrityError, match=r"is no list of kernels \(\w+: .*\); compile them again"):
-            KernelLibrary.open(device, folder / "kernels.json")
