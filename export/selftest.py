@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,13 +105,31 @@ def selftest() -> Iterator[Outcome]:
     for dtype in FORMATS:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             stage = Path(folder)
-            record = lowered(probe, dtype, stage)
-            for backend in BACKENDS.values():
-                if backend.available().version is not None:
-                    yield from _try(backend, record, stage)
+            with lowered(probe, dtype, stage) as sample:
+                for backend in BACKENDS.values():
+                    if backend.available().version is not None:
+                        yield from _try(backend, sample, stage)
 
 
-def lowered(probe: nn.Module, dtype: DType, stage: Path) -> EngineRecord:
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The network lowered, as a build has it when it writes further forms.
+
+    Attributes:
+        record: What is on disk.
+        program: In torch; in half precision with its operators fused.
+        module: What computes it in its final precision.
+        weights: The open file that the forms share.
+    """
+
+    record: EngineRecord
+    program: Program
+    module: nn.Module
+    weights: WeightFile
+
+
+@contextmanager
+def lowered(probe: nn.Module, dtype: DType, stage: Path) -> Iterator[Sample]:
     """The network on disk as a program of a bundle is, in half precision with its fused form, too."""
     for folder in ("engines", "reference"):
         (stage / folder).mkdir()
@@ -121,48 +140,40 @@ def lowered(probe: nn.Module, dtype: DType, stage: Path) -> EngineRecord:
     save_reference(stage / "reference/probe.npz", {"latents": inputs["latents"].numpy()}, seen.outputs)
     forms = {Form.ONNX.value: "engines/probe.onnx"}
     with WeightFile(stage / "engines/probe.weights") as weights:
-
-        def write(program: Program, path: str) -> None:
-            module = program.module if dtype is DType.FP32 else cast(program.module, dtype, seen)[0]
-            lower(program, module, weights, stage / path)
-
-        write(program, forms[Form.ONNX])
+        module = program.module if dtype is DType.FP32 else cast(program.module, dtype, seen)[0]
+        lower(program, module, weights, stage / forms[Form.ONNX])
         if dtype is not DType.FP32:
             forms[Form.FUSED.value] = "engines/probe.fused.onnx"
-            fused = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
-            write(fused, forms[Form.FUSED])
-    return EngineRecord(
-        name="probe",
-        component=Component.UNET,
-        profile=None,
-        guided=False,
-        dtype=dtype,
-        forms=forms,
-        weights="engines/probe.weights",
-        reference="reference/probe.npz",
-        inputs=(TensorSpec(name="latents", shape=(1, 4, SIDE, SIDE)),),
-        outputs=(TensorSpec(name="prediction", shape=(1, 4, SIDE, SIDE)),),
-        error={},
-        verified_with="",
-        islands=(),
-        passes=program.passes,
-    )
+            program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
+            module = cast(program.module, dtype, seen)[0]
+            lower(program, module, weights, stage / forms[Form.FUSED])
+        record = EngineRecord(
+            name="probe",
+            component=Component.UNET,
+            profile=None,
+            guided=False,
+            dtype=dtype,
+            forms=forms,
+            weights="engines/probe.weights",
+            reference="reference/probe.npz",
+            inputs=(TensorSpec(name="latents", shape=(1, 4, SIDE, SIDE)),),
+            outputs=(TensorSpec(name="prediction", shape=(1, 4, SIDE, SIDE)),),
+            error={},
+            verified_with="",
+            islands=(),
+            passes=program.passes,
+        )
+        yield Sample(record=record, program=program, module=module, weights=weights)
 
 
-def _try(backend: Backend, record: EngineRecord, stage: Path) -> Iterator[Outcome]:
+def _try(backend: Backend, sample: Sample, stage: Path) -> Iterator[Outcome]:
     """What the backend builds of the network, and each form that it runs."""
+    record = sample.record
     if reason := backend.refuses(record.dtype):
         yield _outcome(backend, "no", reason, record.dtype)
         return
-    forms = dict(record.forms)
     try:
-        if (further := writer(backend)) is not None:
-            config = BuildConfig(
-                profiles=(ShapeProfile(SIDE, SIDE),), dtype=record.dtype, backend=backend.name
-            )
-            request = Request(stage=stage, config=config)
-            further.check(request)
-            forms |= {form.value: path for form, path in further.write(record, request).items()}
+        forms = {**record.forms, **_further(backend, sample, stage)}
     except (RtError, MemoryError) as error:
         yield _outcome(backend, "FAILED", f"does not build: {_reason(error)}", record.dtype)
         return
@@ -177,6 +188,24 @@ def _try(backend: Backend, record: EngineRecord, stage: Path) -> Iterator[Outcom
             yield _outcome(backend, "ok", f"{max(errors.values()):.1e} from torch", record.dtype, form)
         except (RtError, MemoryError) as error:
             yield _outcome(backend, "FAILED", _reason(error), record.dtype, form)
+
+
+def _further(backend: Backend, sample: Sample, stage: Path) -> dict[str, str]:
+    """The forms that the backend makes for itself."""
+    further = writer(backend)
+    if further is None:
+        return {}
+    record = sample.record
+    config = BuildConfig(profiles=(ShapeProfile(SIDE, SIDE),), dtype=record.dtype, backend=backend.name)
+    request = Request(stage=stage, config=config)
+    further.check(request)
+    forms: dict[Form, str] = {}
+    if further.compile is not None:
+        forms |= further.compile(sample.program, sample.module, sample.weights, request)
+    sample.weights.flush()
+    if further.write is not None:
+        forms |= further.write(record, request)
+    return {form.value: path for form, path in forms.items()}
 
 
 def _reason(error: Exception) -> str:

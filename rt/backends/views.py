@@ -68,16 +68,19 @@ class HostSide:
 class Alone(HostSide):
     """An engine that owns its device, too: callers of `Backend.load` let go of it without closing it."""
 
+    _open = True
+
     def close(self) -> None:
         """Close engine, stream and device."""
-        device, stream = self._device, self._stream
+        if not self._open:
+            return
+        self._open = False
         super().close()
-        device.destroy_stream(stream)
-        device.close()
+        self._device.destroy_stream(self._stream)
+        self._device.close()
 
     def __del__(self) -> None:
-        if self._staged:
-            self.close()
+        self.close()
 
 
 class DeviceSide:

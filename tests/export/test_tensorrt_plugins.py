@@ -164,9 +164,8 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The self-test's network in fp16, with operators `rt::…`."""
     torch.manual_seed(0)
     stage = tmp_path_factory.mktemp("probe")
-    with torch.inference_mode():
-        record = lowered(Probe().eval(), DType.FP16, stage)
-    return stage / record.forms["fused.onnx"]
+    with torch.inference_mode(), lowered(Probe().eval(), DType.FP16, stage) as sample:
+        return stage / sample.record.forms["fused.onnx"]
 
 
 def test_the_operators_of_a_graph_are_found_with_their_cases(fused: Path) -> None:

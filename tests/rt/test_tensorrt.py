@@ -166,6 +166,14 @@ def test_seen_from_the_host_it_computes_and_gives_its_device_back(trt: Any, plan
     assert device.in_use == 0
 
 
+def test_one_that_never_ran_gives_its_device_back_too(trt: Any, plan: Any) -> None:
+    device = HostDevice()
+    engine = TensorRT(CLASSIC, lambda: device).load(plan(), [X], [Y], dtype=DType.FP32, threads=1)
+    engine.close()
+    del engine
+    assert device.in_use == 0
+
+
 @pytest.mark.parametrize("flavour", [CLASSIC, RTX], ids=lambda flavour: flavour.name)
 def test_both_are_backends_of_a_device(flavour: Any) -> None:
     backend = get(flavour.name)
