@@ -123,6 +123,7 @@ def test_a_part_that_is_wanted_runs_in_its_order() -> None:
         choose(PARTS, ("kernal",))
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_tables_of_80_columns_and_writes_where_it_is_told(tmp_path: Path) -> None:
     arguments = ["--dry", *(f"--only={name}" for name in QUICK), "--scratch", str(tmp_path / "scratch")]
     done = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "out")])
@@ -142,6 +143,7 @@ def test_a_dry_run_prints_tables_of_80_columns_and_writes_where_it_is_told(tmp_p
     assert json.loads(Path(path).read_text()) == record
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_no_record_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(command, ["--dry", "--only", "ceilings"])
@@ -212,6 +214,7 @@ def test_what_ends_a_part_early_ends_no_other_and_leaves_its_figures(
     assert kept[-1] == run
 
 
+@pytest.mark.slow
 def test_a_part_is_stopped_at_its_limit_with_all_that_it_started(context: Context, tmp_path: Path) -> None:
     work = Fake(name="slow", arguments={"sleep": True}).run
     *values, ended = apart(work, context, seconds=10, log=tmp_path / "slow.log")
@@ -384,3 +387,34 @@ def test_the_plot_shows_models_and_kernels(tmp_path: Path) -> None:
     replace(a_run(kernels=outcome(**figures), sd15=sd15), gpu=H100).save(tmp_path)
     plot.update(tmp_path, tmp_path)
     assert ElementTree.parse(tmp_path / "gpu-h100-80gb-hbm3.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.slow
+def test_our_loop_and_the_ways_of_launching_it_stand_on_a_device(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what a dry run does: the same on the stand-in for a GPU, whose kernels are their references."""
+    pytest.importorskip("triton")
+    import torch
+
+    from rt.bench.gpu_parts import ablation, ours
+    from rt.bench.gpu_parts.model import Model
+    from rt.bench.gpu_parts.place import Place
+    from rt.bench.gpu_parts.settings import SETTINGS
+
+    from ..rt.device_fakes import DeviceEngines, host_device, library
+
+    place = Place(torch.device("cpu"))
+    peer = ours.Ours(Model(setting=SETTINGS["sd15"].tiny(), place=place, seed=7), scratch)
+    device = host_device()
+    engines: Any = DeviceEngines(peer.pipe.engines.get, device)
+    monkeypatch.setattr(peer.pipe, "engines", engines)
+    monkeypatch.setattr(ours.KernelLibrary, "open", lambda device: library(device, tmp_path))
+    peer._fill(peer.model.inputs.timestep)
+    graphs = {}
+    for name, run in peer.loops(3).items():
+        device.calls = []
+        run()
+        graphs[name] = [call.name for call in device.calls].count("graph")
+    assert graphs == {"step": 3, "loop": 1}
+    assert list(ablation._launching(peer)) == ["no graph", "a graph a step", "one graph of all steps"]
