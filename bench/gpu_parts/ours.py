@@ -23,7 +23,6 @@ from rt.cuda import KernelLibrary, Stream, capture
 from rt.device_session import DeviceSession, GraphMode
 from rt.export.build import build
 from rt.export.checkpoint import Checkpoint
-from rt.kernels.library import INSTALLED, compile_loop
 from rt.model import Component
 from rt.noise import Generator
 from rt.pipeline import Pipeline
@@ -90,7 +89,8 @@ class Ours:
         if engines.place is None:
             sessions: dict[str, Loop] = {"on the host": Session(engines, spec, profile)}
         else:
-            kernels = KernelLibrary.open(engines.place.device)
+            bundle = self.pipe.bundle
+            kernels = KernelLibrary(engines.place.device, bundle.manifest.kernels, bundle.path)
             sessions = {
                 mode.value: DeviceSession(engines, kernels, spec, profile, mode=mode) for mode in GraphMode
             }
@@ -157,7 +157,7 @@ def _sides(inputs: Inputs) -> list[Conditioning]:
 def open_bundle(
     checkpoint: Checkpoint, path: Path, profile: ShapeProfile, *, dry: bool, dtype: DType | None = None
 ) -> Pipeline:
-    """The bundle at `path`, built first where there is none, as are the kernels of the loop.
+    """The bundle at `path`, built first where there is none.
 
     Args:
         checkpoint: What to build.
@@ -172,7 +172,4 @@ def open_bundle(
         path.parent.mkdir(parents=True, exist_ok=True)
         config = BuildConfig(profiles=(profile,), dtype=dtype, backend=backend, max_autotune=not dry)
         build(checkpoint, path, config, force=True, quiet=True)
-    if not dry and not (INSTALLED / "kernels.json").is_file():
-        major, minor = torch.cuda.get_device_capability()
-        compile_loop(INSTALLED, [10 * major + minor])
     return Pipeline.from_bundle(path, backend=backend)

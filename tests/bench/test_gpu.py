@@ -409,7 +409,7 @@ def test_our_loop_and_the_ways_of_launching_it_stand_on_a_device(
     device = host_device()
     engines: Any = DeviceEngines(peer.pipe.engines.get, device)
     monkeypatch.setattr(peer.pipe, "engines", engines)
-    monkeypatch.setattr(ours.KernelLibrary, "open", lambda device: library(device, tmp_path))
+    monkeypatch.setattr(ours, "KernelLibrary", lambda device, *_: library(device, tmp_path))
     peer._fill(peer.model.inputs.timestep)
     graphs = {}
     for name, run in peer.loops(3).items():
