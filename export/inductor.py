@@ -113,7 +113,7 @@ def compile_for(
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         with _folder() as folder:
             options = _options(request.config.max_autotune)
-            files = torch._inductor.aot_compile(compiled, (), inputs, options=options)
+            files: Any = torch._inductor.aot_compile(compiled, (), inputs, options=options)
             about = _about(compiled, weights, device)
             _package(request.stage / path, [Path(str(file)) for file in files], about, folder)
     weights.flush()

@@ -17,12 +17,15 @@ from rt.backends import Form, get
 from rt.backends.inductor import About, check_gpu, check_processor, check_torch, processor
 from rt.config import BuildConfig, DType
 from rt.errors import BackendError, BackendUnavailableError, ConfigError, IncompatibleBundleError
+from rt.export.architectures import Architecture, clip, unet, vae
+from rt.export.build import build
+from rt.export.checkpoint import open_checkpoint
 from rt.export.forms import Request, check_options
 from rt.export.inductor import WRITERS
 from rt.export.lower import WeightFile
 from rt.export.operators import ops
 from rt.export.program import Program, trace_program
-from rt.model import Component
+from rt.model import Component, Family
 from rt.shapes import ShapeProfile, TensorSpec
 
 INPUTS = [TensorSpec(name="x", shape=(1, 64, 32))]
@@ -214,3 +217,40 @@ def test_auto_leaves_the_processor_to_faster_engines():
     names = [*BACKENDS]
     assert names.index("inductor-cpu") > max(names.index("openvino"), names.index("onnxruntime"))
     assert names.index("inductor") < names.index("openvino")
+
+
+@pytest.mark.slow
+def test_two_packages_of_a_program_are_equal(program, package, tmp_path):
+    (tmp_path / "engines").mkdir()
+    compile = WRITERS["inductor-cpu"].compile
+    assert compile is not None
+    with WeightFile(tmp_path / "engines" / "unet.weights") as weights:
+        compile(program, program.module, weights, request(tmp_path))
+    assert (tmp_path / "engines" / package.name).read_bytes() == package.read_bytes()
+
+
+SMALL = Architecture(
+    Family.SD1,
+    unet((32,), 32, 8, 2, depths=(1,), layers_per_block=1),
+    vae((32,), 16, layers=1),
+    (clip(32, 1, 1, act="quick_gelu", vocab=514, tokens=12),),
+)
+
+
+@pytest.mark.slow
+def test_a_bundle_draws_the_picture_of_openvino(write_folder, tmp_path):
+    from rt import Pipeline
+
+    write_folder(tmp_path / "model", SMALL)
+    config = BuildConfig(profiles=(ShapeProfile(16, 16),), backend="inductor-cpu")
+    bundle = build(open_checkpoint(str(tmp_path / "model")), tmp_path / "bundle", config, quiet=True)
+    for record in bundle.manifest.engines:
+        assert [*record.forms] == ["onnx", "inductor-cpu.pt2"]
+        assert max(record.error.values()) < 1e-5 and record.verified_with == "inductor-cpu f32"
+    pictures = [
+        np.asarray(
+            Pipeline.from_bundle(bundle.path, backend=backend)("a", num_inference_steps=2, seed=1).images[0]
+        ).astype(int)
+        for backend in ("inductor-cpu", "openvino")
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
