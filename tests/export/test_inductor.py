@@ -177,13 +177,15 @@ def test_kernels_of_another_gpu(tmp_path):
 
 
 def test_without_a_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
-    try:
-        with pytest.raises(BackendUnavailableError, match="there is no compiler; install g"):
-            check_options(get("inductor-cpu"), request(tmp_path))
-    finally:
-        torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(BackendUnavailableError, match="there is no compiler; install g"):
+        check_options(get("inductor-cpu"), request(tmp_path))
 
 
 def test_a_build_for_a_gpu_needs_one(tmp_path, monkeypatch):
