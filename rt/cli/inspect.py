@@ -39,6 +39,7 @@ def _describe(manifest: Manifest) -> list[str]:
         f"sizes      {', '.join(str(profile) for profile in config.profiles)} (pictures x height x width)",
         f"tokens     {model.max_tokens}",
         *(["steps      full and shallow (rt run --step-cache)"] if config.step_cache else []),
+        f"forms      {', '.join(dict.fromkeys(form for engine in manifest.engines for form in engine.forms))}",
         "engines",
     ]
     width = max(len(engine.name) for engine in manifest.engines)

@@ -19,7 +19,7 @@ import rt
 from rt.backends import BACKENDS
 from rt.backends.ort_cpu import OnnxRuntime
 from rt.backends.views import DeviceSide
-from rt.errors import (
+from rt.errors import BackendError, (
     ArgumentError,
     BackendUnavailableError,
     BundleError,
