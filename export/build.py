@@ -199,7 +199,7 @@ def _verified(record: EngineRecord, stage: Path, backend: Backend) -> EngineReco
     missing = backend.available().problem
     runner = next(filter(None, map(partial(_runs_here, record.dtype), ON_HOST)), None) if missing else backend
     if runner is None:
-        return replace(record, verified_with=f"not verified: {backend.name} {missing}")
+        return replace(record, error={}, verified_with=f"not verified: {backend.name} {missing}")
     how = f"{runner.name} {runner.arithmetic(record.dtype)}" + (
         f", {backend.name} not run" if missing else ""
     )

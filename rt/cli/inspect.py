@@ -44,7 +44,13 @@ def _describe(manifest: Manifest) -> list[str]:
     ]
     width = max(len(engine.name) for engine in manifest.engines)
     for engine in manifest.engines:
-        lines.append(f"  {engine.name:<{width}}  {engine.accuracy}")
+        lines += textwrap.wrap(
+            engine.accuracy,
+            80,
+            initial_indent=f"  {engine.name:<{width}}  ",
+            subsequent_indent=" " * (width + 4),
+            break_on_hyphens=False,
+        )
         lines += [f"  {'':<{width}}  {_KEPT[engine.dtype]}: {island}" for island in engine.islands]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     lines += textwrap.wrap(versions, 80, initial_indent="with       ", subsequent_indent=" " * 11)
