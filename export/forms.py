@@ -1,4 +1,4 @@
-"""Forms beyond ONNX: a backend that compiles ahead of time writes its own, from a program in torch or from its graphs."""
+"""Forms beyond ONNX: what a backend compiles ahead of time, from a program in torch or from its graphs."""
 
 from __future__ import annotations
 

@@ -6,18 +6,19 @@ Weights stay in the file of the component, untransformed: without freezing, indu
 as a transposed view, so ONNX graphs and packages share its bytes. Filters are channels last in memory, and so are
 moved when a package loads; the file has them once. The compiler folds no tensor of a size that would matter.
 
-On a processor each operator `rt::…` is compiled from its reference; on a GPU some are our Triton kernels, see `ON_GPU`.
+On a processor each operator `rt::…` is compiled from its reference; on a GPU some are our Triton kernels, see
+`rt.export.gpu_operators`.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import platform
-import shutil
-import tempfile
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rt.backends import Form
 from rt.backends.inductor import ABOUT, About, Inductor, InductorCpu, Weight
 from rt.errors import BackendUnavailableError, ConfigError
 from rt.export.forms import Request, Writer
+from rt.export.gpu_operators import gpu_operators
 from rt.export.lower import WeightFile
 from rt.export.operators import REFERENCES
 from rt.export.program import Program
@@ -58,7 +60,7 @@ _PROCESSOR_NAMES = {
 
 
 def _check_cpu(request: Request) -> None:
-    """Raises BackendUnavailableError without a compiler, ConfigError with a torch that cannot be held to a processor."""
+    """Raises BackendUnavailableError without a compiler, ConfigError where torch cannot name its instructions."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -99,10 +101,14 @@ def compile_for(
     """
     path = f"engines/{program.name}.{form.value}"
     inputs = {name: value.to(device) for name, value in program.inputs.items()}
-    with torch.no_grad(), _quiet(), _Operators(REFERENCES if device == "cpu" else _on_gpu()):
+    with (
+        torch.no_grad(),
+        _quiet(),
+        _Operators(REFERENCES if device == "cpu" else {**REFERENCES, **gpu_operators()}),
+    ):
         exported = torch.export.export(module.to(device), (), inputs, strict=False)
         compiled = exported.module(check_guards=False)
-        for name, tensor in _tensors(compiled).items():
+        for tensor in _tensors(compiled).values():
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         with _folder() as folder:
@@ -177,6 +183,8 @@ def _package(path: Path, files: list[Path], about: About, folder: Path) -> None:
     stem = library.name.removesuffix(".so")
     kept = [file for file in files if file == library or file.name == f"{stem}_metadata.json"]
     kept += [file for file in files if file.suffix in (".cubin", ".fatbin")]
+    # Symbols and the build's id differ from build to build, by the name of the folder. binutils come with g++.
+    subprocess.run(["strip", "--strip-all", "--remove-section=.note.gnu.build-id", str(library)], check=True)
     library.write_bytes(_anonymous(library.read_bytes(), folder))
     package_pt2(
         str(path), aoti_files={"model": [str(file) for file in kept]}, extra_files={ABOUT: about.to_json()}
@@ -197,8 +205,8 @@ def _folder() -> Iterator[Path]:
     """Where inductor works, removed afterwards."""
     from torch._inductor.utils import fresh_cache
 
-    with tempfile.TemporaryDirectory(prefix="rt-inductor-") as folder, fresh_cache(dir=folder, delete=False):
-        yield Path(folder)
+    with fresh_cache():
+        yield Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
 
 class _Operators(TorchFunctionMode):
@@ -220,21 +228,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _on_gpu() -> Mapping[Any, Callable[..., Tensor]]:
-    return REFERENCES
-
-
-def _compiler(device: str, form: Form) -> Any:
-    def compile(
-        program: Program, module: nn.Module, weights: WeightFile, request: Request
-    ) -> Mapping[Form, str]:
-        return compile_for(device, form, program, module, weights, request)
-
-    return compile
-
-
 WRITERS: Mapping[str, Writer] = {
-    InductorCpu.name: Writer(check=_check_cpu, compile=_compiler("cpu", InductorCpu.form), fused=True),
-    Inductor.name: Writer(check=_check_gpu, compile=_compiler("cuda", Inductor.form), fused=True),
+    InductorCpu.name: Writer(
+        check=_check_cpu, compile=partial(compile_for, "cpu", InductorCpu.form), fused=True
+    ),
+    Inductor.name: Writer(check=_check_gpu, compile=partial(compile_for, "cuda", Inductor.form), fused=True),
 }
 """By the name of the backend."""

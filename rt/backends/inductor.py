@@ -19,7 +19,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -303,7 +303,9 @@ class _Program:
 class _Weights:
     """One file of weights on one device, each tensor once for all engines that are loaded."""
 
-    _open: weakref.WeakValueDictionary[tuple[Path, float, str], _Weights] = weakref.WeakValueDictionary()
+    _open: ClassVar[weakref.WeakValueDictionary[tuple[Path, float, str], _Weights]] = (
+        weakref.WeakValueDictionary()
+    )
     _lock = threading.Lock()
 
     def __init__(self, path: Path, device: str) -> None:

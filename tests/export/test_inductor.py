@@ -1,0 +1,216 @@
+"""A program as a package of AOTInductor: compiled on this processor, loaded, run, and refused where it cannot run."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rt.backends import Form, get
+from rt.backends.inductor import About, check_gpu, check_processor, check_torch, processor
+from rt.config import BuildConfig, DType
+from rt.errors import BackendError, BackendUnavailableError, ConfigError, IncompatibleBundleError
+from rt.export.forms import Request, check_options
+from rt.export.inductor import WRITERS
+from rt.export.lower import WeightFile
+from rt.export.operators import ops
+from rt.export.program import Program, trace_program
+from rt.model import Component
+from rt.shapes import ShapeProfile, TensorSpec
+
+INPUTS = [TensorSpec(name="x", shape=(1, 64, 32))]
+OUTPUTS = [TensorSpec(name="y", shape=(1, 64, 64))]
+
+
+class Block(nn.Module):
+    """Every operator `rt::…` once, and what is around them: a filter, a matrix, a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Conv2d(32, 32, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 32)
+        self.up = nn.Linear(32, 128)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        x = ops.group_norm(x, self.norm.weight, self.norm.bias, 4, 1e-5, True)
+        x = ops.convolution(x.view(1, 8, 8, 32), self.filter.weight, self.filter.bias).view(1, 64, 32)
+        x = ops.attention(x, x, x, 2)
+        return (ops.geglu(self.up(x)),)
+
+
+def request(stage: Path, **options: bool) -> Request:
+    return Request(stage=stage, config=BuildConfig(profiles=(ShapeProfile(64, 64),), **options))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs = {"x": torch.randn(1, 64, 32)}
+        return trace_program("block", Component.UNET, None, Block(), inputs, ("y",))
+
+
+@pytest.fixture(scope="module")
+def stage(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package and its weights."""
+    stage = tmp_path_factory.mktemp("inductor")
+    (stage / "engines").mkdir()
+    with WeightFile(stage / "engines" / "unet.weights") as weights:
+        compile = WRITERS["inductor-cpu"].compile
+        assert compile is not None
+        forms = compile(program, program.module, weights, request(stage))
+    assert forms == {Form.INDUCTOR_CPU: "engines/block.inductor-cpu.pt2"}
+    return stage
+
+
+@pytest.fixture
+def package(stage: Path) -> Path:
+    return stage / "engines" / "block.inductor-cpu.pt2"
+
+
+@pytest.mark.slow
+def test_it_computes_what_torch_computes(program, package):
+    engine = get("inductor-cpu").load(package, INPUTS, OUTPUTS, dtype=DType.FP32, threads=1)
+    address = engine.outputs["y"].ctypes.data
+    expected = program.module(**program.inputs)[0].detach().numpy()
+    for _ in range(2):
+        engine.outputs["y"].fill(np.nan)
+        engine.inputs["x"][...] = program.inputs["x"].numpy()
+        engine.enqueue()
+        np.testing.assert_allclose(engine.outputs["y"], expected, rtol=0, atol=1e-5)
+    assert engine.outputs["y"].ctypes.data == address
+    engine.inputs["x"].fill(0)  # the array is the input, not a copy of it
+    engine.enqueue()
+    assert np.abs(engine.outputs["y"] - expected).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_weights_are_in_the_file_once_and_shared(program, package):
+    about = About.read(package)
+    weights = package.with_name("unet.weights")
+    total = sum(value.numel() * 4 for value in program.module.state_dict().values())
+    assert weights.stat().st_size < total + 4096 * 2  # to the page, for two large tensors
+    raw = weights.read_bytes()
+    matrix = program.module.up.weight.detach().numpy()
+    assert raw[about.weights["up.weight"].offset :][: matrix.nbytes] == matrix.tobytes()
+    assert about.weights["up.weight"].stride == (32, 1)  # read as it is, in a transposed view
+    assert about.weights["filter.weight"].stride == (288, 1, 96, 32)
+    backend = get("inductor-cpu")
+    first, second = (
+        backend.load(package, INPUTS, OUTPUTS, dtype=DType.FP32, threads=1)._program for _ in range(2)
+    )
+    for name, tensor in first._weights.items():
+        assert second._weights[name].data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.slow
+def test_a_package_says_nothing_of_the_machine_that_built_it(package):
+    with zipfile.ZipFile(package) as archive:
+        names = archive.namelist()
+        content = b"".join(archive.read(name) for name in names)
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".cubin"))]
+    private = (
+        Path(torch.__file__).parents[1],
+        Path.cwd(),
+        Path.home() / "",
+        "torchinductor_",
+        getpass.getuser() + "/",
+    )
+    for secret in private:
+        assert str(secret).encode() not in content
+
+
+@pytest.mark.slow
+def test_it_is_refused_where_it_cannot_run(package, tmp_path, monkeypatch):
+    about = About.read(package)
+    assert set(about.instructions) <= processor()
+    check_processor(about, package, processor())
+    with pytest.raises(
+        IncompatibleBundleError, match=r"for a processor with amx_9, which this one lacks; build"
+    ):
+        check_processor(replace(about, instructions=("amx_9",)), package, processor())
+    with pytest.raises(IncompatibleBundleError, match="compiled for riscv64, and this is"):
+        check_processor(replace(about, machine="riscv64"), package, processor())
+    with pytest.raises(
+        IncompatibleBundleError, match=r'compiled by torch 1\.2\.3 .* pip install "torch==1\.2\.\*"'
+    ):
+        check_torch(replace(about, torch="1.2.3"), package)
+    monkeypatch.setattr("rt.backends.inductor.processor", frozenset)
+    with pytest.raises(IncompatibleBundleError, match="which this one lacks"):
+        get("inductor-cpu").load(package, INPUTS, OUTPUTS, dtype=DType.FP32, threads=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "library"])
+def test_a_damaged_package(damage, package, tmp_path):
+    broken = tmp_path / package.name
+    (tmp_path / "unet.weights").write_bytes(package.with_name("unet.weights").read_bytes())
+    if damage == "cut":
+        broken.write_bytes(package.read_bytes()[:1000])
+    else:
+        with zipfile.ZipFile(package) as old, zipfile.ZipFile(broken, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, b"" if name.endswith(".so") else old.read(name))
+    with pytest.raises(BackendError, match=r"^inductor cannot load .*block\.inductor-cpu\.pt2: "):
+        get("inductor-cpu").load(broken, INPUTS, OUTPUTS, dtype=DType.FP32, threads=1)
+
+
+def test_kernels_of_another_gpu(tmp_path):
+    class Hopper:
+        name, capability = "H100", 90
+
+    about = About(torch="2", machine="", instructions=(), capability=80, file="", weights={})
+    with pytest.raises(IncompatibleBundleError, match="capability 80, and H100 has 90; build it again"):
+        check_gpu(about, tmp_path, Hopper())
+    check_gpu(replace(about, capability=90), tmp_path, Hopper())
+    assert json.loads(about.to_json())["capability"] == 80
+
+
+def test_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    try:
+        with pytest.raises(BackendUnavailableError, match="there is no compiler; install g"):
+            check_options(get("inductor-cpu"), request(tmp_path))
+    finally:
+        torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+
+
+def test_a_build_for_a_gpu_needs_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="on the GPU that will run them, and torch finds none; build on"):
+        check_options(get("inductor"), request(tmp_path))
+
+
+def test_max_autotune_is_ours_alone(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^--max-autotune is for inductor, and this build is for openvino; leave"
+    ):
+        check_options(get("openvino"), request(tmp_path, max_autotune=True))
+
+
+def test_what_it_refuses_and_what_is_missing(monkeypatch):
+    backend = get("inductor-cpu")
+    assert [d for d in DType if backend.refuses(d)] == [DType.INT8, DType.FP8]
+    assert "no int8 products; use" in backend.refuses(DType.INT8)
+
+    def missing(package):
+        raise __import__("importlib.metadata").metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("rt.backends.inductor.version", missing)
+    assert backend.available().problem.startswith('torch is not installed; run: pip install "torch>=2.9"')
+
+
+def test_auto_leaves_the_processor_to_faster_engines():
+    from rt.backends import BACKENDS
+
+    names = [*BACKENDS]
+    assert names.index("inductor-cpu") > max(names.index("openvino"), names.index("onnxruntime"))
+    assert names.index("inductor") < names.index("openvino")
