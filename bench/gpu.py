@@ -3,7 +3,7 @@
     python bench/gpu.py                      all parts, in less than 25 minutes
     python bench/gpu.py --only sd15          one part; may be repeated
     python bench/gpu.py --resume             the parts that the newest record of this GPU lacks
-    python bench/gpu.py --dry                every part at tiny size on the CPU, in a minute; measures nothing
+    python bench/gpu.py --dry                every part at tiny size on the CPU, in some minutes; measures nothing
 
 Each part has a process of its own and writes what it finds into one record as it goes. Needed are torch, triton, onnx,
 numpy, cuda-bindings and, of pure Python, what the extra `build` has; `pip install --no-deps --no-build-isolation .`
