@@ -19,8 +19,9 @@ import rt
 from rt.backends import BACKENDS
 from rt.backends.ort_cpu import OnnxRuntime
 from rt.backends.views import DeviceSide
-from rt.errors import BackendError, (
+from rt.errors import (
     ArgumentError,
+    BackendError,
     BackendUnavailableError,
     BundleError,
     ConfigError,
