@@ -253,6 +253,8 @@ def _lower_all(
             if program.component in _PICTURES and dtype in _fused_formats(backend):
                 with _step(bar, f"{program.name}: fuse"):
                     program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
+                    if islands and half is torch.float16:  # its nodes have other names, and none may overflow
+                        seen = observe(program, half)
                     forms[Form.FUSED.value] = f"engines/{program.name}.{Form.FUSED.value}"
                     computing = _fused(program.module, dtype, seen, calibration)
                     lower(program, computing, store, stage / forms[Form.FUSED.value])
@@ -284,7 +286,7 @@ def _in_format(
     program: Program, dtype: DType, seen: Observation, calibration: Calibration | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The program's graph computing in `dtype`, and what of it does not, in words."""
-    module, kept = program.module, ()
+    module, kept = program.module, tuple[str, ...]()
     if calibration is not None:
         module = quantize(module, calibration.ranges, calibration.chosen, calibration.bits)
         kept = calibration.islands(program.module)

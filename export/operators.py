@@ -48,26 +48,28 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 _REFERENCES = (attention, group_norm, geglu, convolution)
-for body in _REFERENCES:
-    torch.library.custom_op(f"rt::{body.__name__}", body, mutates_args=())
+_OPERATORS = {
+    body.__name__: torch.library.custom_op(f"rt::{body.__name__}", body, mutates_args=())
+    for body in _REFERENCES
+}
 
 
-@torch.library.register_fake("rt::attention")
+@_OPERATORS["attention"].register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     return torch.empty_like(query)
 
 
-@torch.library.register_fake("rt::group_norm")
+@_OPERATORS["group_norm"].register_fake
 def _(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("rt::geglu")
+@_OPERATORS["geglu"].register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.register_fake("rt::convolution")
+@_OPERATORS["convolution"].register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

@@ -83,7 +83,7 @@ def _scales(module: fx.GraphModule, seen: Observation, largest: float) -> dict[f
             groups.join(node, *node.all_input_nodes)
         else:
             groups.pin(node, *node.all_input_nodes)
-    scales = {}
+    scales: dict[fx.Node, float] = {}
     for group in groups.free():
         reached = max(seen.magnitudes.get(node.name, 0.0) for node in group)
         if reached > largest:

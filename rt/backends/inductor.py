@@ -259,7 +259,7 @@ class InductorDeviceEngine:
         """Run once in the order of `stream`; the first call allocates, later ones find the same blocks."""
         import torch
 
-        external: Any = torch.cuda.ExternalStream(int(stream))
+        external = torch.cuda.ExternalStream(int(stream))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(external), torch.cuda.use_mem_pool(self._pool):
             self._program.run(self._reads, self._writes)
 
