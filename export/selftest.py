@@ -21,7 +21,7 @@ from rt.backends import BACKENDS, Backend, Form
 from rt.bundle import EngineRecord
 from rt.config import BuildConfig, DType
 from rt.errors import RtError
-from rt.export.forms import Request, writer
+from rt.export.forms import Request, Writer, writer
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import observe
 from rt.export.passes.cast import HALF, cast
@@ -172,8 +172,17 @@ def _try(backend: Backend, sample: Sample, stage: Path) -> Iterator[Outcome]:
     if reason := backend.refuses(record.dtype):
         yield _outcome(backend, "no", reason, record.dtype)
         return
+    config = BuildConfig(profiles=(ShapeProfile(SIDE, SIDE),), dtype=record.dtype, backend=backend.name)
+    request = Request(stage=stage, config=config)
+    further = writer(backend)
+    if further is not None:
+        try:
+            further.check(request)
+        except RtError as error:  # not a fault: it needs what this machine has not
+            yield _outcome(backend, "no", _reason(error), record.dtype)
+            return
     try:
-        forms = {**record.forms, **_further(backend, sample, stage)}
+        forms = {**record.forms, **_further(further, sample, request)}
     except (RtError, MemoryError) as error:
         yield _outcome(backend, "FAILED", f"does not build: {_reason(error)}", record.dtype)
         return
@@ -190,21 +199,16 @@ def _try(backend: Backend, sample: Sample, stage: Path) -> Iterator[Outcome]:
             yield _outcome(backend, "FAILED", _reason(error), record.dtype, form)
 
 
-def _further(backend: Backend, sample: Sample, stage: Path) -> dict[str, str]:
+def _further(further: Writer | None, sample: Sample, request: Request) -> dict[str, str]:
     """The forms that the backend makes for itself."""
-    further = writer(backend)
     if further is None:
         return {}
-    record = sample.record
-    config = BuildConfig(profiles=(ShapeProfile(SIDE, SIDE),), dtype=record.dtype, backend=backend.name)
-    request = Request(stage=stage, config=config)
-    further.check(request)
     forms: dict[Form, str] = {}
     if further.compile is not None:
         forms |= further.compile(sample.program, sample.module, sample.weights, request)
     sample.weights.flush()
     if further.write is not None:
-        forms |= further.write(record, request)
+        forms |= further.write(sample.record, request)
     return {form.value: path for form, path in forms.items()}
 
 

@@ -93,6 +93,16 @@ def test_a_plan_that_does_not_build_is_a_fault(monkeypatch: pytest.MonkeyPatch, 
     assert outcome.failed and outcome.detail == f"does not build: {str(error) or 'out of memory'}"
 
 
+def test_what_this_machine_cannot_build_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(request: object) -> None:
+        raise ConfigError("needs a GPU")
+
+    monkeypatch.setattr(get("tensorrt"), "available", lambda: Availability(version="11.4"))
+    monkeypatch.setattr(module, "writer", lambda backend: Writer(check=check))
+    [outcome] = outcomes(monkeypatch, "tensorrt")
+    assert (outcome.result, outcome.dtype, outcome.detail) == ("no", "fp32", "needs a GPU")
+
+
 def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         get("tensorrt"), "available", lambda: Availability(version=None, problem="not installed; run: pip")
