@@ -299,7 +299,7 @@ def _in_format(
 def _fused_formats(backend: Backend) -> set[DType]:
     """In which a fused graph is written: those that our CPU kernels compute, and what else the backend makes of one."""
     further = writer(backend)
-    more = {DType.FP16} if further is not None and further.fused else set()
+    more = {DType.FP16, DType.FP8} if further is not None and further.fused else set()
     return {DType.BF16, DType.INT8, *more}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rt.export.operators import ops
+from rt.export.operators import E4M3, ops
 from rt.expression import evaluate
 from rt.kernels.registry import spec
 from rt.kernels.spec import Case, KernelSpec
@@ -24,8 +24,20 @@ GroupNorm and GEGLU are left to inductor because it can merge them with their ne
 
 
 def gpu_operators() -> Mapping[Any, Callable[..., Tensor]]:
-    """Operator to its kernel, for those in `OURS`."""
-    return {getattr(ops, name).default: _registered(name) for name in OURS}
+    """Operator to its kernel: ours for those in `OURS`, and cuBLAS for fp8."""
+    return {
+        ops.linear_fp8.default: linear_fp8,
+        **{getattr(ops, name).default: _registered(name) for name in OURS},
+    }
+
+
+def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: float) -> Tensor:
+    """See `rt.export.operators`; the tensor cores multiply e4m3, and sum as fast as they can."""
+    rows = (x.reshape(-1, x.shape[-1]).float() / x_scale).clamp(-E4M3, E4M3).to(weight.dtype)
+    scales = [torch.full((), scale, device=x.device) for scale in (x_scale, weight_scale)]
+    offset = None if bias is None else bias.to(x.dtype)
+    y = torch._scaled_mm(rows, weight.t(), *scales, bias=offset, out_dtype=x.dtype, use_fast_accum=x.is_cuda)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

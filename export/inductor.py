@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from rt.backends import Form
 from rt.backends.inductor import ABOUT, About, Inductor, InductorCpu, Weight
+from rt.config import DType
 from rt.errors import BackendUnavailableError, ConfigError
 from rt.export.forms import Request, Writer
 from rt.export.gpu_operators import gpu_operators
@@ -78,11 +79,15 @@ def _check_cpu(request: Request) -> None:
 
 
 def _check_gpu(request: Request) -> None:
-    """Raises ConfigError without a GPU: inductor measures and compiles kernels on the one that will run them."""
+    """Raises ConfigError without a GPU that has what is asked for: inductor compiles on the one that will run."""
     if not torch.cuda.is_available():
         raise ConfigError(
             "inductor compiles kernels on the GPU that will run them, and torch finds none; "
             "build on that machine, or use --backend inductor-cpu"
+        )
+    if request.config.dtype is DType.FP8 and _capability() < (8, 9):
+        raise ConfigError(
+            f"--fp8 needs compute capability 8.9, and this GPU has {'.'.join(map(str, _capability()))}; use --fp16"
         )
 
 

@@ -21,6 +21,7 @@ from rt.export.passes.cost import FLOPS
 from rt.export.passes.shapes import value
 
 DOMAIN, VERSION = "rt", 1
+E4M3 = torch.finfo(torch.float8_e4m3fn).max
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -47,7 +48,17 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).contiguous()
 
 
-_REFERENCES = (attention, group_norm, geglu, convolution)
+def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: float) -> Tensor:
+    """x Wᵀ + b with operands in e4m3: (…, I) by (O, I) → (…, O).
+
+    `weight` is in e4m3 and stands for `weight_scale` times itself; x is divided by `x_scale`, saturated and rounded.
+    """
+    rounded = (x.float() / x_scale).clamp(-E4M3, E4M3).to(weight.dtype).float() * x_scale
+    y = F.linear(rounded, weight.float() * weight_scale, None if bias is None else bias.float())
+    return y.to(x.dtype)
+
+
+_REFERENCES = (attention, group_norm, geglu, convolution, linear_fp8)
 _OPERATORS = {
     body.__name__: torch.library.custom_op(f"rt::{body.__name__}", body, mutates_args=())
     for body in _REFERENCES
@@ -74,6 +85,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@_OPERATORS["linear_fp8"].register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: float) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 ops = torch.ops.rt
 REFERENCES: dict[Any, Callable[..., Tensor]] = {
     getattr(ops, body.__name__).default: body for body in _REFERENCES
@@ -84,6 +100,7 @@ HALVES: dict[Any, int] = {
     ops.group_norm.default: 1,
     ops.geglu.default: 1,
     ops.convolution.default: 2,
+    ops.linear_fp8.default: 1,
 }
 """How many leading arguments a kernel takes in half precision; the rest stay in fp32."""
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from rt.config import DType
 from rt.export.observe import Observation
 from rt.export.operators import HALVES
-from rt.export.passes.quantize import DEQUANTIZED, DEQUANTIZED_FP8, ROUNDED, ROUNDED_FP8
+from rt.export.passes.quantize import DEQUANTIZED, ROUNDED
 
 aten = torch.ops.aten
 HALF = {
@@ -42,7 +42,6 @@ _PRODUCTS = {
     aten.baddbmm.default,
     aten.embedding.default,
     aten.scaled_dot_product_attention.default,
-    ROUNDED_FP8,
 }
 # Inputs at run time are larger than those measured at the build; two bits of headroom.
 _HEADROOM = 4.0
@@ -126,9 +125,6 @@ class _CastInterpreter(fx.Interpreter):
         if name in policy.islands:
             result = super().call_function(target, *_to(torch.float32, (args, kwargs)))
             return result if name in policy.wide else _to(policy.format, result)
-        if target is DEQUANTIZED_FP8:
-            weight, scale, _ = args
-            return super().call_function(target, (weight, scale, policy.format), kwargs)
         if target in HALVES:
             count = HALVES[target]
             args = (*_to(policy.format, args[:count]), *args[count:])

@@ -1,8 +1,4 @@
-"""Products in eight bits: linear layers and convolutions in int8, linear layers in fp8.
-
-A product reads its operands through a dequantize node, the form that engines fuse into a kernel of eight bits ("QDQ" in
-https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). Everything else stays as it is.
-"""
+"""Products in eight bits: linear layers and convolutions in int8, linear layers in fp8. All else stays as it is."""
 
 from __future__ import annotations
 
@@ -14,14 +10,13 @@ import onnxscript
 import torch
 from torch import Tensor, fx, nn
 
-from rt.export.operators import ops
+from rt.export.operators import E4M3, ops
 from rt.export.passes.shapes import attribute
 
 aten = torch.ops.aten
 onnx: Any = onnxscript.opset21  # its stubs do not know values that are being traced
 _PRODUCTS = (aten.linear.default, aten.conv2d.default, ops.convolution.default)
 _UINT8, _E4M3 = 2, 17  # of onnx.TensorProto
-_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
@@ -68,49 +63,81 @@ def products(module: fx.GraphModule, bits: Bits) -> dict[str, fx.Node]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rewrite:
+    """A graph on its way to eight bits.
+
+    Attributes:
+        graph: The new one.
+        attributes: Its weights, by name.
+        copies: Old node to new.
+        rounded: Old node to its value in eight bits: queries, keys and values read one.
+    """
+
+    graph: fx.Graph
+    attributes: dict[str, Tensor]
+    copies: dict[fx.Node, fx.Node]
+    rounded: dict[fx.Node, fx.Node]
+
+    def parameter(self, name: str, value: Tensor) -> fx.Node:
+        """A new weight."""
+        self.attributes[name] = nn.Parameter(value, requires_grad=False)
+        return self.graph.get_attr(name)
+
+
 class Bits(Protocol):
-    """A format of eight bits: which products have it, and how their operands get it."""
+    """A format of eight bits."""
 
     def covers(self, weight: Tensor) -> bool:
         """Whether engines have kernels for a product with this weight."""
 
-    def rounded(self, graph: fx.Graph, x: fx.Node, seen: Range) -> fx.Node:
-        """`x` through the format and back."""
-
-    def weight(self, attributes: dict[str, Tensor], graph: fx.Graph, stem: str, value: Tensor) -> fx.Node:
-        """`value` in the format, kept in `attributes` under names that begin with `stem`, and read back."""
+    def product(self, new: Rewrite, node: fx.Node, name: str, seen: Range) -> fx.Node:
+        """The product `node` in the format, with the weight `name`, of an input that has the range `seen`."""
 
 
 class _Int8:
-    """Activations asymmetric uint8 with a scale a tensor, weights symmetric int8 with a scale an output channel."""
+    """Activations asymmetric uint8 with a scale a tensor, weights symmetric int8 with a scale an output channel.
+
+    A product reads both through a dequantize node, the form that engines fuse into an int8 kernel ("QDQ" in
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+    """
 
     def covers(self, weight: Tensor) -> bool:
         return True
 
-    def rounded(self, graph: fx.Graph, x: fx.Node, seen: Range) -> fx.Node:
-        return graph.call_function(ROUNDED, (x, seen.scale, seen.zero))
-
-    def weight(self, attributes: dict[str, Tensor], graph: fx.Graph, stem: str, value: Tensor) -> fx.Node:
-        names = (f"{stem}_int8", f"{stem}_scale")
-        for name, part in zip(names, _quantized(value), strict=True):
-            attributes[name] = nn.Parameter(part, requires_grad=False)
-        return graph.call_function(DEQUANTIZED, tuple(map(graph.get_attr, names)))
+    def product(self, new: Rewrite, node: fx.Node, name: str, seen: Range) -> fx.Node:
+        [source, _, *rest] = node.args
+        assert isinstance(source, fx.Node)
+        if source not in new.rounded:
+            operands = (new.copies[source], seen.scale, seen.zero)
+            new.rounded[source] = new.graph.call_function(ROUNDED, operands)
+        value, stem = new.attributes[name], name.replace(".", "_")
+        int8, scale = _quantized(value.flatten(1) if node.target is aten.linear.default else value)
+        parts = (new.parameter(f"{stem}_int8", int8), new.parameter(f"{stem}_scale", scale))
+        weight = new.graph.call_function(DEQUANTIZED, parts)
+        others = fx.map_arg(tuple(rest), new.copies.__getitem__)
+        return _product(new.graph, node, new.rounded[source], weight, others)
 
 
 class _Fp8:
-    """Both e4m3 with a scale a tensor, https://arxiv.org/abs/2209.05433: what every GPU with fp8 multiplies."""
+    """Linear layers with both operands e4m3 and a scale a tensor, https://arxiv.org/abs/2209.05433.
+
+    That is what the tensor cores of every GPU with fp8 multiply; their rows are multiples of 16.
+    """
 
     def covers(self, weight: Tensor) -> bool:
-        return weight.dim() == 2
+        return weight.dim() == 2 and not any(size % 16 for size in weight.shape)
 
-    def rounded(self, graph: fx.Graph, x: fx.Node, seen: Range) -> fx.Node:
-        return graph.call_function(ROUNDED_FP8, (x, seen.largest / _LARGEST))
-
-    def weight(self, attributes: dict[str, Tensor], graph: fx.Graph, stem: str, value: Tensor) -> fx.Node:
-        scale = max(float(value.detach().abs().max()), 1e-30) / _LARGEST
-        part = (value.detach() / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
-        attributes[f"{stem}_fp8"] = nn.Parameter(part, requires_grad=False)
-        return graph.call_function(DEQUANTIZED_FP8, (graph.get_attr(f"{stem}_fp8"), scale, torch.float32))
+    def product(self, new: Rewrite, node: fx.Node, name: str, seen: Range) -> fx.Node:
+        [source, _, *rest] = node.args
+        assert isinstance(source, fx.Node)
+        value = new.attributes[name].detach()
+        scale = max(float(value.abs().max()), 1e-30) / E4M3
+        fp8 = (value / scale).clamp(-E4M3, E4M3).to(torch.float8_e4m3fn)
+        weight = new.parameter(f"{name.replace('.', '_')}_fp8", fp8)
+        [bias] = fx.map_arg(tuple(rest), new.copies.__getitem__) or (None,)
+        operands = (new.copies[source], weight, bias, seen.largest / E4M3, scale)
+        return new.graph.call_function(ops.linear_fp8.default, operands)
 
 
 INT8: Bits = _Int8()
@@ -137,25 +164,15 @@ def quantize(
         if name in (ranges if chosen is None else chosen)
     }
     attributes: dict[str, Tensor] = {n.target: attribute(n) for n in module.graph.nodes if n.op == "get_attr"}
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    rounded: dict[fx.Node, fx.Node] = {}
+    new = Rewrite(graph=fx.Graph(), attributes=attributes, copies={}, rounded={})
     for node in module.graph.nodes:
-        if node not in nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            continue
-        source, name, seen = node.args[0], nodes[node], ranges[nodes[node]]
-        if source not in rounded:  # queries, keys and values read one
-            rounded[source] = bits.rounded(graph, copies[source], seen)
-        value, stem = attributes[name], name.replace(".", "_")
-        if node.target is aten.linear.default:
-            value = value.flatten(1)
-        weight = bits.weight(attributes, graph, stem, value)
-        rest = fx.map_arg(node.args[2:], copies.__getitem__)
-        copies[node] = _product(graph, node, rounded[source], weight, rest)
-    graph.eliminate_dead_code()
-    read = {node.target for node in graph.nodes if node.op == "get_attr"}
-    return fx.GraphModule({name: value for name, value in attributes.items() if name in read}, graph)
+        if node in nodes:
+            new.copies[node] = bits.product(new, node, nodes[node], ranges[nodes[node]])
+        else:
+            new.copies[node] = new.graph.node_copy(node, new.copies.__getitem__)
+    new.graph.eliminate_dead_code()
+    read = {node.target for node in new.graph.nodes if node.op == "get_attr"}
+    return fx.GraphModule({name: value for name, value in attributes.items() if name in read}, new.graph)
 
 
 def _product(graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node, rest: tuple[Any, ...]) -> fx.Node:
@@ -197,30 +214,8 @@ def _(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=scale.dtype)
 
 
-@torch.library.custom_op("rt::rounded_fp8", mutates_args=())
-def _round_fp8(x: Tensor, scale: float) -> Tensor:
-    return ((x / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn).to(x.dtype)) * scale
-
-
-@_round_fp8.register_fake
-def _(x: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("rt::dequantized_fp8", mutates_args=())
-def _dequantize_fp8(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) * scale
-
-
-@_dequantize_fp8.register_fake
-def _(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(weight, dtype=dtype)
-
-
 ROUNDED, DEQUANTIZED = ops.rounded.default, ops.dequantized.default
 """What a product in int8 reads: its operands, rounded, in fp32."""
-ROUNDED_FP8, DEQUANTIZED_FP8 = ops.rounded_fp8.default, ops.dequantized_fp8.default
-"""What a product in fp8 reads: its operands, rounded, in the format that the rest of the graph computes in."""
 
 
 def _onnx_rounded(x: Any, scale: float, zero: int) -> Any:
@@ -232,20 +227,18 @@ def _onnx_dequantized(weight: Any, scale: Any) -> Any:
     return onnx.DequantizeLinear(weight, scale, axis=0)
 
 
-def _onnx_rounded_fp8(x: Any, scale: float) -> Any:
-    step = onnx.CastLike(onnx.Constant(value_float=scale), x)
+def _onnx_linear_fp8(x: Any, weight: Any, bias: Any, x_scale: float, weight_scale: float) -> Any:
+    step = onnx.CastLike(onnx.Constant(value_float=x_scale), x)
     zero = onnx.Cast(onnx.Constant(value_float=0.0), to=_E4M3)
-    return onnx.DequantizeLinear(onnx.QuantizeLinear(x, step, zero), step, zero)
-
-
-def _onnx_dequantized_fp8(weight: Any, scale: float, dtype: int) -> Any:
-    return onnx.DequantizeLinear(weight, onnx.Cast(onnx.Constant(value_float=scale), to=dtype))
+    rounded = onnx.DequantizeLinear(onnx.QuantizeLinear(x, step, zero), step, zero)
+    matrix = onnx.DequantizeLinear(weight, onnx.CastLike(onnx.Constant(value_float=weight_scale), x))
+    product = onnx.MatMul(rounded, onnx.Transpose(matrix, perm=[1, 0]))
+    return product if bias is None else onnx.Add(product, onnx.CastLike(bias, x))
 
 
 IN_ONNX: dict[Callable[..., Any], Callable[..., Any]] = {
     ROUNDED: _onnx_rounded,
     DEQUANTIZED: _onnx_dequantized,
-    ROUNDED_FP8: _onnx_rounded_fp8,
-    DEQUANTIZED_FP8: _onnx_dequantized_fp8,
+    ops.linear_fp8.default: _onnx_linear_fp8,
 }
 """What the exporter makes of these operators."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ABOUT = "rt.json"
-_ARITHMETIC = {DType.FP32: "f32", DType.FP16: "f16", DType.BF16: "bf16"}
+_ARITHMETIC = {DType.FP32: "f32", DType.FP16: "f16", DType.BF16: "bf16", DType.FP8: "f16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +125,13 @@ class InductorCpu:
         return Availability(version=f"torch {installed}")
 
     def refuses(self, dtype: DType) -> str:
-        """Calibrated products: torch computes what the graph says of them in floats, slower than without."""
+        """int8: torch computes what the graph says of it in floats, slower than without."""
         if dtype in _ARITHMETIC:
             return ""
         return f"it has no {dtype.value} products; use --fp16, --bf16 or --backend openvino"
 
     def arithmetic(self, dtype: DType) -> str:
-        """The format of the graph."""
+        """The format of the graph's floats."""
         return _ARITHMETIC.get(dtype, "f32")
 
     def forms(self, dtype: DType) -> tuple[Form, ...]:

@@ -7,6 +7,7 @@ import json
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ class Block(nn.Module):
         return (ops.geglu(self.up(x)),)
 
 
-def request(stage: Path, **options: bool) -> Request:
+def request(stage: Path, **options: Any) -> Request:
     return Request(stage=stage, config=BuildConfig(profiles=(ShapeProfile(64, 64),), **options))
 
 
@@ -201,9 +202,19 @@ def test_max_autotune_is_ours_alone(tmp_path):
         check_options(get("openvino"), request(tmp_path, max_autotune=True))
 
 
+def test_fp8_needs_a_gpu_that_multiplies_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("rt.export.inductor._capability", lambda: (8, 0))
+    with pytest.raises(
+        ConfigError, match=r"^--fp8 needs compute capability 8\.9, and this GPU has 8\.0; use --fp16"
+    ):
+        check_options(get("inductor"), request(tmp_path, dtype=DType.FP8))
+    check_options(get("inductor"), request(tmp_path, dtype=DType.FP16))
+
+
 def test_what_it_refuses_and_what_is_missing(monkeypatch):
     backend = get("inductor-cpu")
-    assert [d for d in DType if backend.refuses(d)] == [DType.INT8, DType.FP8]
+    assert [d for d in DType if backend.refuses(d)] == [DType.INT8]
     assert "no int8 products; use" in backend.refuses(DType.INT8)
 
     def missing(package):

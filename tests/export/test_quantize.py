@@ -226,9 +226,23 @@ def test_linear_layers_are_close_in_fp8_and_convolutions_stay(
 def test_a_range_in_fp8_keeps_its_ends_and_saturates_beyond(end: float) -> None:
     seen = Range.of(torch.tensor([-end, end / 3]))
     x = torch.tensor([-end, 0.0, end, 2 * end, end / 16])
-    rounded = torch.ops.rt.rounded_fp8(x, seen.largest / 448)
+    one = torch.ones(1, 1).to(torch.float8_e4m3fn)
+    rounded = torch.ops.rt.linear_fp8(x[:, None], one, None, seen.largest / 448, 1.0)[:, 0]
     torch.testing.assert_close(rounded, torch.tensor([-end, 0.0, end, end, end / 16]), rtol=2**-4, atol=0.0)
     assert rounded[:4].tolist() == pytest.approx([-end, 0.0, end, end], rel=1e-6)
+
+
+def test_the_products_of_tensor_cores_are_those_of_the_reference() -> None:
+    pytest.importorskip("triton")
+    from rt.export.gpu_operators import linear_fp8
+
+    x, bias = torch.randn(2, 40, 64).half(), torch.randn(32)
+    weight = torch.randn(32, 64).clamp(-448, 448).to(torch.float8_e4m3fn)
+    for offset in (None, bias):
+        expected = torch.ops.rt.linear_fp8(x, weight, offset, 3 / 448, 0.02)
+        got = linear_fp8(x, weight, offset, 3 / 448, 0.02)
+        assert got.shape == expected.shape == (2, 40, 32) and got.dtype == torch.float16
+        assert distance(got.float(), expected.float()) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
