@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +41,10 @@ def _check_donor(flavour: Flavour, config: BuildConfig, donor: Bundle) -> None:
             f"{donor.path} has no refittable plans for {flavour.name}; "
             f"build it with --backend {flavour.name} --refittable"
         )
-    if (other.profiles, other.dtype, other.step_cache) != (config.profiles, config.dtype, config.step_cache):
+    if replace(other, refittable=config.refittable) != config:
         raise ConfigError(
-            f"{donor.path} was built for other sizes or another precision; "
-            f"a refit keeps --height, --width, --batch-size, --dtype and --step-cache"
+            f"{donor.path} was built with other options; a refit keeps --height, --width, --batch-size, --dtype, "
+            f"--step-cache, --portable and --tune"
         )
 
 
@@ -54,8 +55,8 @@ def _rtx(record: EngineRecord, request: Request) -> Mapping[Form, str]:
 
 def _classic(record: EngineRecord, request: Request) -> Mapping[Form, str]:
     """A plan of the fused graph, where there is one, its operators `rt::…` our plugins where these are faster."""
-    capability = _capability()
-    options = _options(request.config, timing_cache_file(CLASSIC, capability))
+    gpu, capability = _gpu()
+    options = _options(request.config, timing_cache_file(CLASSIC, gpu))
     if Form.FUSED not in record.forms:
         return _write(CLASSIC, record, request.stage / record.forms[Form.ONNX], request, options)
     from rt.export.tensorrt.plugins import register  # needs Triton
@@ -84,11 +85,12 @@ def _options(config: BuildConfig, timing_cache: Path | None = None) -> Options:
     return Options(refittable=config.refittable, portable=config.portable, timing_cache=timing_cache)
 
 
-def _capability() -> int:
+def _gpu() -> tuple[str, int]:
+    """Name and compute capability."""
     device = CudaDevice()
-    capability = int(device.capability)
+    found = device.name, int(device.capability)
     device.close()
-    return capability
+    return found
 
 
 WRITERS: Mapping[str, Writer] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,12 @@ def parser_error(parser: Any) -> str:
     return f"node {name!r} ({operator}): {what}" if operator else what
 
 
-def timing_cache_file(flavour: Flavour, capability: int) -> Path:
+def timing_cache_file(flavour: Flavour, gpu: str) -> Path:
     """In the user's cache folder, one a version of the library and model of GPU."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     version = library(flavour).__version__
-    return root / "rt" / f"{flavour.name}-{version}-sm{capability}.timing"
+    model = re.sub(r"[^a-z0-9]+", "-", gpu.lower())
+    return root / "rt" / f"{flavour.name}-{version}-{model}.timing"
 
 
 def _network_flags(trt: Any) -> int:

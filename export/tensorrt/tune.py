@@ -6,11 +6,13 @@ is a network of that one node, timed on the GPU; what was found is kept for late
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +20,12 @@ import onnx_ir as ir
 
 from rt.backends.tensorrt import CLASSIC, TensorRT
 from rt.config import DType
-from rt.cuda import capture
+from rt.cuda import Device, Graph, Stream, capture
 from rt.export.lower import OPSET
 from rt.export.operators import DOMAIN, VERSION, functions
 from rt.export.tensorrt.graph import HALVES, FusedNode, fused_nodes, with_plugins
 from rt.export.tensorrt.plan import Options, build_plan
+from rt.kernels.library import source_digest
 from rt.shapes import TensorSpec
 
 RUNS, REPEATS = 20, 7
@@ -52,8 +55,8 @@ class Choice:
         return {choice.key for choice in choices if not choice.plugin}
 
 
-Timer = Callable[[Path], float]
-"""A graph of one node → microseconds a run."""
+Timer = Callable[[Sequence[Path]], Sequence[float]]
+"""Graphs of one node each → microseconds a run, timed in turn."""
 
 
 def choose_plugins(fused: Path, options: Options, timer: Timer | None = None) -> list[Choice]:
@@ -62,10 +65,10 @@ def choose_plugins(fused: Path, options: Options, timer: Timer | None = None) ->
     Args:
         fused: A graph with nodes `rt::…`.
         options: As the plan will be built.
-        timer: Of a one-node graph; on the GPU if left out.
+        timer: Of one-node graphs; on the GPU if left out.
     """
     known = _read(options)
-    measure = timer or (lambda graph: time_graph(graph, options))
+    measure = timer or (lambda graphs: time_graphs(graphs, options))
     choices = {}
     for found in fused_nodes(ir.load(fused)):
         if found.key not in choices:
@@ -95,15 +98,34 @@ def one_node(found: FusedNode) -> ir.Model:
     return ir.Model(graph, ir_version=10, functions=bodies)
 
 
-def time_graph(graph: Path, options: Options) -> float:
-    """Microseconds a run of the graph's plan on this machine's GPU; the median of several, without launch overhead."""
+def time_graphs(graphs: Sequence[Path], options: Options) -> list[float]:
+    """Microseconds a run of each graph's plan on this machine's GPU, without launch overhead: medians, in turn."""
+    with ExitStack() as stack:
+        backend = TensorRT(CLASSIC)
+        device = backend.open_device()
+        stack.callback(device.close)
+        stream = device.create_stream()
+        stack.callback(device.destroy_stream, stream)
+        runs = [_captured(graph, options, backend, device, stream, stack) for graph in graphs]
+        seconds: list[list[float]] = [[] for _ in runs]
+        for _ in range(REPEATS):
+            for run, taken in zip(runs, seconds, strict=True):
+                started = time.perf_counter()
+                run.launch(stream)
+                device.synchronise(stream)
+                taken.append(time.perf_counter() - started)
+        return [statistics.median(taken) / RUNS * 1e6 for taken in seconds]
+
+
+def _captured(
+    graph: Path, options: Options, backend: TensorRT, device: Device, stream: Stream, stack: ExitStack
+) -> Graph:
+    """`RUNS` runs of the plan of `graph`, whatever it holds given back by `stack`."""
     plan = graph.with_suffix(".plan")
     build_plan(CLASSIC, graph, plan, options)
-    backend = TensorRT(CLASSIC)
-    device = backend.open_device()
-    stream = device.create_stream()
     inputs, outputs = _specs(ir.load(graph))
     engine = backend.load_on(device, plan, inputs, outputs, dtype=DType.FP16)
+    stack.callback(engine.close)
     engine.enqueue(stream)
     device.synchronise(stream)
 
@@ -112,17 +134,8 @@ def time_graph(graph: Path, options: Options) -> float:
             engine.enqueue(stream)
 
     many = capture(device, stream, run_often)
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        many.launch(stream)
-        device.synchronise(stream)
-        seconds.append(time.perf_counter() - started)
-    many.close()
-    engine.close()
-    device.destroy_stream(stream)
-    device.close()
-    return statistics.median(seconds) / RUNS * 1e6
+    stack.callback(many.close)
+    return many
 
 
 def _measure(found: FusedNode, measure: Timer) -> Choice:
@@ -130,7 +143,8 @@ def _measure(found: FusedNode, measure: Timer) -> Choice:
         native = Path(folder, "native.onnx")
         ir.save(one_node(found), native)
         with with_plugins(native) as plugin:
-            return Choice(key=found.key, plugin_us=measure(plugin), native_us=measure(native))
+            plugin_us, native_us = measure([plugin, native])
+        return Choice(key=found.key, plugin_us=plugin_us, native_us=native_us)
 
 
 def _specs(model: ir.Model) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -143,8 +157,11 @@ def _specs(model: ir.Model) -> tuple[list[TensorSpec], list[TensorSpec]]:
 
 
 def _file(options: Options) -> Path | None:
-    """Beside the timings of tactics, which hold for the same library and GPU."""
-    return options.timing_cache and options.timing_cache.with_suffix(".plugins.json")
+    """Beside the timings of tactics, for the same library and GPU; another one for other kernels or options."""
+    if options.timing_cache is None:
+        return None
+    of = hashlib.sha256(f"{source_digest([])} {options.refittable} {options.portable}".encode()).hexdigest()
+    return options.timing_cache.with_suffix(f".plugins-{of[:8]}.json")
 
 
 def _read(options: Options) -> dict[str, Choice]:

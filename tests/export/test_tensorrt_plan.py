@@ -144,9 +144,10 @@ def test_timings_of_another_version_are_begun_anew(trt: Any, tmp_path: Path) -> 
 
 def test_timings_lie_in_the_users_cache(trt: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert timing_cache_file(CLASSIC, 90) == tmp_path / "rt" / "tensorrt-11.4.0.106-sm90.timing"
+    file = tmp_path / "rt" / "tensorrt-11.4.0.106-nvidia-h100-80gb-hbm3.timing"
+    assert timing_cache_file(CLASSIC, "NVIDIA H100 80GB HBM3") == file
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert timing_cache_file(CLASSIC, 90).is_relative_to(Path(os.path.expanduser("~/.cache/rt")))
+    assert timing_cache_file(CLASSIC, "GPU").is_relative_to(Path(os.path.expanduser("~/.cache/rt")))
 
 
 @pytest.fixture
@@ -205,7 +206,11 @@ class Donor:
             "^old has no refittable plans for tensorrt; build it with --backend tensorrt --refittable$",
         ),
         (config("tensorrt-rtx", refittable=True), "^old has no refittable plans for tensorrt; "),
-        (config(refittable=True, step_cache=True), "^old was built for other sizes or another precision; "),
+        (
+            config(refittable=True, step_cache=True),
+            "^old was built with other options; a refit keeps --height",
+        ),
+        (config(refittable=True, portable=True), "^old was built with other options; "),
     ],
 )
 def test_a_donor_that_cannot_be_refit(gpu: Callable[[str], None], old: BuildConfig, message: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -218,14 +219,14 @@ def test_a_graph_without_static_shapes_is_refused(fused: Path, tmp_path: Path) -
         list(fused_nodes(model))
 
 
-def times(slow: str) -> Callable[[Path], float]:
+def times(slow: str) -> Callable[[Sequence[Path]], list[float]]:
     """Plugins take 10 µs, what is native 20, but plugins of `slow` 30."""
 
-    def timer(graph: Path) -> float:
+    def time_one(graph: Path) -> float:
         [node] = onnx.load(graph).graph.node
         return 20.0 if node.op_type[0].isupper() else 30.0 if node.op_type == slow else 10.0
 
-    return timer
+    return lambda graphs: [*map(time_one, graphs)]
 
 
 def test_the_faster_is_kept_for_each_operator_and_shape(fused: Path) -> None:
@@ -244,12 +245,16 @@ def test_what_was_timed_once_is_not_timed_again(fused: Path, tmp_path: Path) -> 
     options = Options(timing_cache=tmp_path / "deep" / "sm90.timing")
     first = choose_plugins(fused, options, times("geglu"))
 
-    def never(graph: Path) -> float:
+    def never(graphs: Sequence[Path]) -> list[float]:
         raise AssertionError("timed again")
 
     assert choose_plugins(fused, options, never) == first
     [file] = (tmp_path / "deep").iterdir()
-    assert file.name == "sm90.plugins.json"
+    assert re.fullmatch(r"sm90\.plugins-[0-9a-f]{8}\.json", file.name)
+    other = Options(timing_cache=options.timing_cache, portable=True)
+    assert choose_plugins(fused, other, times("attention")) != first, (
+        "other options, other kernels of TensorRT"
+    )
     file.write_text("damaged")
     assert choose_plugins(fused, options, times("attention")) != first
 
@@ -277,8 +282,10 @@ def test_timing_builds_and_runs_the_plan(
     ).to_bytes()
     monkeypatch.setattr(tune, "build_plan", lambda flavour, graph, plan, options: plan.write_bytes(content))
     monkeypatch.setattr(tune, "TensorRT", lambda flavour: tune_backend(flavour, device))
-    assert tune.time_graph(tmp_path / "one.onnx", Options()) > 0
-    assert len(trt.named("execute_async_v3")) == 1 + tune.RUNS
+    shutil.copy(tmp_path / "one.onnx", tmp_path / "two.onnx")
+    times = tune.time_graphs([tmp_path / "one.onnx", tmp_path / "two.onnx"], Options())
+    assert len(times) == 2 and min(times) > 0
+    assert len(trt.named("execute_async_v3")) == 2 * (1 + tune.RUNS)
     assert device.in_use == 0
 
 
