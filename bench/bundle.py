@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +49,24 @@ def measure(
         BundleError, BackendError, NumericsError: As `Pipeline`.
     """
     before = gemm_gflops()
-    pipe = Pipeline.from_bundle(path, backend=backend, threads=threads)
-    profile = find_profile(pipe.bundle, batch_size)
-    records = [record for record in pipe.bundle.manifest.engines if _serves(record, profile)]
-    with progress("bench", total=(len(records) + 1) * settings.calls, quiet=quiet) as bar:
-        stages = []
-        for record in records:
-            engines = Engines(pipe.bundle, backend, threads)  # of its own, so that it holds nothing else
-            stages.append(_alone(engines, pipe.bundle, record, settings, bar))
-        whole, loop = end_to_end(pipe, profile, settings, bar)
-    return Report(
-        provenance=Provenance.now(),
-        subject=describe(pipe, profile, threads),
-        settings=settings,
-        calibration=Calibration(before_gflops=before, after_gflops=gemm_gflops()),
-        stages=(*stages, whole),
-        loop=loop,
-    )
+    with Pipeline.from_bundle(path, backend=backend, threads=threads) as pipe:
+        profile = find_profile(pipe.bundle, batch_size)
+        records = [record for record in pipe.bundle.manifest.engines if _serves(record, profile)]
+        with progress("bench", total=(len(records) + 1) * settings.calls, quiet=quiet) as bar:
+            stages = []
+            for record in records:
+                # Engines of their own, so that they hold nothing else, and nothing of them is left for the next.
+                with closing(Engines(pipe.bundle, backend, threads)) as engines:
+                    stages.append(_alone(engines, pipe.bundle, record, settings, bar))
+            whole, loop = end_to_end(pipe, profile, settings, bar)
+        return Report(
+            provenance=Provenance.now(),
+            subject=describe(pipe, profile, threads),
+            settings=settings,
+            calibration=Calibration(before_gflops=before, after_gflops=gemm_gflops()),
+            stages=(*stages, whole),
+            loop=loop,
+        )
 
 
 def describe(pipe: Pipeline, profile: ShapeProfile, threads: int | None = None) -> Subject:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from rt.backends import AUTO, DeviceBackend, DeviceEngine, Engine, choose, cpu_count
@@ -66,18 +67,21 @@ class Engines:
     def load(self, keys: Iterable[EngineKey]) -> None:
         """Load what is not loaded yet, several at a time: compiling leaves processors idle.
 
+        Where one fails, those that did load are kept: `close` gives them back, and another `load` goes on from there.
+
         Raises:
             IntegrityError: When a file has changed.
             BundleError: When the bundle has no such engine.
         """
-        missing = [record for record in map(self._find, keys) if record.name not in self._loaded]
+        wanted = {record.name: record for record in map(self._find, keys)}
+        missing = [record for name, record in wanted.items() if name not in self._loaded]
         files = {name for record in missing for name in record.files(self.backend)} - self._verified
         self._bundle.verify(files)
         self._verified |= files
         with ThreadPoolExecutor() as pool:
-            self._loaded.update(
-                zip((record.name for record in missing), pool.map(self._open, missing), strict=True)
-            )
+            loading = [pool.submit(self._keep, record) for record in missing]
+        for each in loading:
+            each.result()  # raises what went wrong
 
     def get(
         self, component: Component, profile: ShapeProfile | None = None, *, guided: bool = False
@@ -106,14 +110,20 @@ class Engines:
 
     def close(self) -> None:
         """Give engines and device back; without a device, nothing needs it."""
-        for engine in self._loaded.values():
-            if isinstance(engine, HostSide):
-                engine.close()
-        self._loaded.clear()
-        if self.place is not None:
-            self.place.device.destroy_stream(self.place.stream)
-            self.place.device.close()
+        with ExitStack() as closing:  # from the last one to the first, past those that fail
+            if self.place is not None:
+                device, stream = self.place.device, self.place.stream
+                device.activate()
+                closing.callback(device.close)
+                closing.callback(device.destroy_stream, stream)
+            for engine in self._loaded.values():
+                if isinstance(engine, HostSide):
+                    closing.callback(engine.close)
+            self._loaded.clear()
             self.place = None
+
+    def _keep(self, record: EngineRecord) -> None:
+        self._loaded[record.name] = self._open(record)
 
     def _open(self, record: EngineRecord) -> Engine:
         path = self._bundle.path / record.form(self.backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -87,7 +87,6 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, *, backend: str = AUTO, threads: int | None = None) -> None:
         self.bundle = bundle
-        self.engines = Engines(bundle, backend, threads)
         spec = bundle.manifest.model
         bundle.verify(f"tokenizer/{encoder.value}.json" for encoder in spec.text_encoders)
         self._tokenizers = {
@@ -105,6 +104,8 @@ class Pipeline:
         self._lock = RLock()
         self._drawing = False
         self._closed = False
+        # The last step: there is nothing after it that could fail, and leave a device open.
+        self.engines = Engines(bundle, backend, threads)
 
     def __repr__(self) -> str:
         return f"Pipeline({str(self.bundle.path)!r}, backend={self.engines.backend.name!r})"
@@ -128,12 +129,12 @@ class Pipeline:
         """Give sessions, engines and a GPU's memory back; a pipeline that is closed cannot draw."""
         if self._closed:
             return
-        with self._turn():
-            for session in self._sessions.values():
-                session.close()
-            self._sessions.clear()
-            self.engines.close()
+        with self._turn(), ExitStack() as closing:  # from the last one to the first, past those that fail
             self._closed = True
+            closing.callback(self.engines.close)
+            for session in self._sessions.values():
+                closing.callback(session.close)
+            self._sessions.clear()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -230,7 +231,8 @@ class Pipeline:
         guidance_interval = check_guidance_interval(guidance_interval)
         guided = guidance_scale > 1
         size = choose_size(self._profiles, height, width)
-        given = check_latents(latents, (count, *self.bundle.manifest.model.latent_shape(*size)))
+        shape = self.bundle.manifest.model.latent_shape(*size)
+        given = check_latents(latents, (count, *shape))
         schedule = shorten(
             self._schedule(scheduler, num_inference_steps, timesteps, eta),
             guidance_interval=guidance_interval if guided else (0.0, 1.0),
@@ -263,7 +265,7 @@ class Pipeline:
             calls = 0
             for session, batch in self._batches(rows, size):
                 with watch("denoise"):
-                    session.run(batch, self._on_step(callback_on_step_end, shown))
+                    session.run(batch, self._on_step(callback_on_step_end, shown, shape))
                 calls += session.calls
                 with watch("decode"):
                     images += _FINISH[output_type](session)
@@ -398,21 +400,24 @@ class Pipeline:
     def _profiles_of(self, size: tuple[int, int]) -> list[ShapeProfile]:
         return [profile for profile in self._profiles if (profile.height, profile.width) == size]
 
-    def _on_step(self, callback: Callback | None, shown: Sequence[str]) -> OnStep:
+    def _on_step(
+        self, callback: Callback | None, shown: Sequence[str], shape: tuple[int, int, int]
+    ) -> OnStep:
         def on_step(step: int, rows: Sequence[RowState]) -> bool:
             if callback is not None:
                 given = {"latents": np.stack([row.latents for row in rows])} if shown else {}
                 result = callback(self, step, float(rows[0].schedule.timesteps[step]), given)
                 if result and "latents" in result:
-                    _replace(rows, result["latents"])
+                    _replace(rows, result["latents"], shape)
             return not self._interrupt
 
         return on_step
 
 
-def _replace(rows: Sequence[RowState], latents: Any) -> None:
+def _replace(rows: Sequence[RowState], latents: Any, shape: tuple[int, int, int]) -> None:
+    """Put latents (B, C, h, w) in the place of the rows'; `shape` is theirs, which on a GPU are not read for it."""
     replaced = np.asarray(latents)
-    expected = (len(rows), *rows[0].latents.shape)
+    expected = (len(rows), *shape)
     if replaced.shape != expected:
         raise ConfigError(f"the callback gave latents {replaced.shape}; expected {expected}")
     for row, new in zip(rows, replaced, strict=True):

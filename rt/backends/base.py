@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -165,9 +166,19 @@ class DeviceBackend(Backend, Protocol):
         """
 
 
+_OUT_OF_MEMORY = (
+    "bad_alloc",  # C++
+    "can't alloc",  # torch on a processor
+    "allocate memory",  # ONNX Runtime
+    "out of memory",  # torch on a GPU, CUDA
+    "outofmemory",  # TensorRT
+)
+
+
 def failure(what: str, error: Exception, reason: str) -> Exception:
     """A library's error as one of ours: MemoryError where memory ran out, whatever the library calls it."""
-    if any(sign in str(error) for sign in ("bad_alloc", "can't alloc", "allocate memory")):
+    said = str(error).lower()
+    if any(sign in said for sign in _OUT_OF_MEMORY):
         return MemoryError(what)
     return BackendError(f"{what}: {reason}")
 
@@ -175,3 +186,12 @@ def failure(what: str, error: Exception, reason: str) -> Exception:
 def buffers(specs: Sequence[TensorSpec]) -> dict[str, Array]:
     """One array of zeros a tensor, allocated once for the life of an engine."""
     return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+
+
+def device_buffers(device: Device, specs: Sequence[TensorSpec], undo: ExitStack) -> dict[str, DeviceArray]:
+    """One array a tensor in the memory of `device`, which `undo` gives back, also where a later one does not fit."""
+    arrays = {}
+    for spec in specs:
+        arrays[spec.name] = device.allocate(spec.shape, spec.dtype)
+        undo.callback(device.free, arrays[spec.name])
+    return arrays

@@ -13,7 +13,8 @@ import platform
 import threading
 import weakref
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rt.backends.base import Array, Availability, Engine, Form, broken, buffers, failure
+from rt.backends.base import Array, Availability, Engine, Form, broken, buffers, device_buffers, failure
 from rt.backends.views import Alone
 from rt.config import DType
 from rt.cuda import Device, Stream
@@ -171,11 +172,16 @@ class Inductor(InductorCpu):
             return found if found.problem else Availability(version=found.version, problem=missing)
         import torch
 
-        if not torch.cuda.is_available():
-            return Availability(
-                version=found.version, problem="this torch is built without CUDA; install one with it"
+        if torch.cuda.is_available():
+            return found
+        if torch.version.cuda is None:
+            problem = "this torch is built without CUDA; install one with it"
+        else:
+            problem = (
+                f"the driver is older than this torch needs, which is built for CUDA {torch.version.cuda}; "
+                f"update the driver, or install a torch for an older CUDA"
             )
-        return found
+        return Availability(version=found.version, problem=problem)
 
     def open_device(self) -> Device:
         """The first GPU that CUDA shows."""
@@ -194,7 +200,8 @@ class Inductor(InductorCpu):
         about = About.read(path)
         check_torch(about, path)
         check_gpu(about, path, device)
-        return InductorDeviceEngine(_Program(path, about, "cuda"), device, inputs, outputs)
+        program = _Program(path, about, "cuda")
+        return InductorDeviceEngine(program, device, inputs, outputs, exact=dtype is DType.FP32)
 
     def load(
         self,
@@ -207,7 +214,7 @@ class Inductor(InductorCpu):
     ) -> Engine:
         """As `load_on`, seen from the host, with a device of its own."""
         device = self.open_device()
-        return Alone(self.load_on(device, path, inputs, outputs, dtype=dtype), device, device.create_stream())
+        return Alone.load(device, lambda: self.load_on(device, path, inputs, outputs, dtype=dtype))
 
 
 class InductorEngine:
@@ -237,6 +244,16 @@ class InductorDeviceEngine:
 
     What it allocates while it runs comes from a pool of its own, so that a graph that captured a run can be launched
     again: nobody else is ever given that memory.
+
+    Args:
+        program: On the GPU.
+        device: The same GPU.
+        inputs: Of the program.
+        outputs: Of the program.
+        exact: Whether convolutions of float32 are computed in float32, see `exact_convolutions`.
+
+    Raises:
+        MemoryError: When the device has no room for it; what it had taken is given back.
     """
 
     def __init__(
@@ -245,30 +262,63 @@ class InductorDeviceEngine:
         device: Device,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
+        *,
+        exact: bool,
     ) -> None:
         import torch
 
-        self._program, self._device = program, device
-        self.inputs = {spec.name: device.allocate(spec.shape, spec.dtype) for spec in inputs}
-        self.outputs = {spec.name: device.allocate(spec.shape, spec.dtype) for spec in outputs}
-        self._reads = [torch.as_tensor(array, device="cuda") for array in self.inputs.values()]
-        self._writes = [torch.as_tensor(array, device="cuda") for array in self.outputs.values()]
-        self._pool: Any = torch.cuda.MemPool()
+        self._program: _Program | None = program
+        self._precision: Callable[[], AbstractContextManager[None]] = (
+            exact_convolutions if exact else nullcontext
+        )
+        with ExitStack() as undo:
+            self.inputs = device_buffers(device, inputs, undo)
+            self.outputs = device_buffers(device, outputs, undo)
+            self._reads = [torch.as_tensor(array, device="cuda") for array in self.inputs.values()]
+            self._writes = [torch.as_tensor(array, device="cuda") for array in self.outputs.values()]
+            self._pool: Any = torch.cuda.MemPool()
+            self._closing = undo.pop_all()
 
     def enqueue(self, stream: Stream) -> None:
         """Run once in the order of `stream`; the first call allocates, later ones find the same blocks."""
         import torch
 
+        assert self._program is not None, "an engine is not run after it is closed"
         external = torch.cuda.ExternalStream(int(stream))  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(external), torch.cuda.use_mem_pool(self._pool):
+        with torch.cuda.stream(external), torch.cuda.use_mem_pool(self._pool), self._precision():
             self._program.run(self._reads, self._writes)
 
     def close(self) -> None:
-        """Give everything back."""
-        self._reads, self._writes, self._pool = [], [], None
-        for array in (*self.inputs.values(), *self.outputs.values()):
-            self._device.free(array)
-        self.inputs, self.outputs = {}, {}
+        """Give everything back, the weights too, where no other engine uses them."""
+        import torch
+
+        self._program, self._reads, self._writes, self._pool = None, [], [], None
+        self._closing.close()
+        torch.cuda.empty_cache()  # torch keeps what its tensors leave, where TensorRT and our own arrays cannot use it
+
+
+_PRECISION = threading.Lock()
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions of float32 on a GPU are float32 while this lasts, as products of matrices are anyway.
+
+    By torch's default cuDNN rounds their operands to TF32, which has the ten bits of float16. The setting is the
+    process's, so one thread at a time changes it, and puts it back.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+    """
+    import torch
+
+    cudnn: Any = torch.backends.cudnn  # its module makes `conv` where no type checker sees it
+    convolution = cudnn.conv
+    with _PRECISION:
+        before = convolution.fp32_precision
+        convolution.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            convolution.fp32_precision = before
 
 
 class _Program:
@@ -288,6 +338,10 @@ class _Program:
                 name: self._file.get(about.weights[name]) for name in self._loader.get_constant_fqns()
             }
             self._loader.load_constants(self._weights, False, True, True)
+            if (
+                device == "cuda"
+            ):  # uploads may go on in torch's stream, which those that run the code do not wait for
+                torch.cuda.current_stream().synchronize()
         except RuntimeError as error:
             raise failure(f"inductor cannot load {path}", error, _first_line(error)) from error
 
@@ -318,7 +372,10 @@ class _Weights:
         """The file, opened once."""
         key = (path, path.stat().st_mtime, device)
         with cls._lock:
-            return cls._open.setdefault(key, cls(path, device))
+            opened = cls._open.get(key)
+            if opened is None:
+                opened = cls._open[key] = cls(path, device)
+            return opened
 
     def get(self, weight: Weight) -> Tensor:
         """A tensor where and how the code wants it: the file's own pages, unless it must be moved."""

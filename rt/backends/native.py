@@ -66,10 +66,13 @@ def _open(library: Path, forced: str) -> Kernels:
 
 
 def gpu_images(library: Path = GPU_LIBRARY) -> int:
-    """Kernels in the library for C and C++ hosts on GPUs, which rt itself does not use; 0 where none can be loaded."""
+    """Kernels in the library for C and C++ hosts on GPUs, which rt itself does not use; 0 where none can be loaded.
+
+    A library of that name that was installed by an older build has none that can be asked for.
+    """
     try:
         count = ctypes.CDLL(str(library)).rt_kernel_count
-    except OSError:
+    except (OSError, AttributeError):
         return 0
     count.restype = ctypes.c_size_t
     return int(count())

@@ -14,6 +14,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rt.backends.base import Availability, Form, broken, failure
+from rt.backends.base import Availability, Form, broken, device_buffers, failure
 from rt.backends.views import Alone, HostSide
 from rt.config import DType
 from rt.cuda import Device, DeviceArray, Stream
@@ -78,7 +79,8 @@ class TensorRT:
         self.flavour = flavour
         self.name = flavour.name
         self._open_device = open_device
-        self._scratch: weakref.WeakKeyDictionary[Device, Scratch] = weakref.WeakKeyDictionary()
+        # An entry lives as long as an engine that uses it; with weak keys it would be its own reason to live.
+        self._scratch: weakref.WeakValueDictionary[Device, Scratch] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def available(self) -> Availability:
@@ -142,7 +144,7 @@ class TensorRT:
     ) -> HostSide:
         """As `load_on` on a device of its own, seen from the host."""
         device = self.open_device()
-        return Alone(self.load_on(device, path, inputs, outputs, dtype=dtype), device, device.create_stream())
+        return Alone.load(device, lambda: self.load_on(device, path, inputs, outputs, dtype=dtype))
 
 
 class Scratch:
@@ -188,6 +190,7 @@ class TensorRTEngine:
 
     Raises:
         BackendError: When the library refuses the plan, or it is not the program that the bundle says it is.
+        MemoryError: When the device has no room for it; what it had taken is given back.
     """
 
     def __init__(
@@ -199,7 +202,7 @@ class TensorRTEngine:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
     ) -> None:
-        self._path, self._device, self._scratch = path, device, scratch
+        self._path, self._scratch = path, scratch
         self._log = log(library)
         # In this order each needs the one before it for its whole life.
         self._runtime = library.Runtime(self._log)
@@ -214,9 +217,14 @@ class TensorRTEngine:
             raise failure(f"{library.__name__} cannot run {path}", self._log.error, str(self._log.error))
         self._needs = int(self._engine.device_memory_size_v2)
         self._bound = False
-        scratch.reserve(self._needs)
-        self.inputs = {spec.name: self._bind(spec) for spec in inputs}
-        self.outputs = {spec.name: self._bind(spec) for spec in outputs}
+        with ExitStack() as undo:
+            scratch.reserve(self._needs)
+            undo.callback(scratch.release)
+            self.inputs = device_buffers(device, inputs, undo)
+            self.outputs = device_buffers(device, outputs, undo)
+            for name, array in (*self.inputs.items(), *self.outputs.items()):
+                self._context.set_tensor_address(name, array.pointer)
+            self._closing = undo.pop_all()
 
     def enqueue(self, stream: Stream) -> None:
         """Run once; the first call takes its scratch memory."""
@@ -229,12 +237,8 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Give everything back."""
-        if self._context is None:
-            return
         self._context = self._engine = self._runtime = None
-        for array in (*self.inputs.values(), *self.outputs.values()):
-            self._device.free(array)
-        self._scratch.release()
+        self._closing.close()
 
     def _check(self, library: ModuleType, spec: TensorSpec) -> None:
         """A wrong address would be read and written in silence."""
@@ -246,11 +250,6 @@ class TensorRTEngine:
                 f"{self._path} has {spec.name} as {kind} {shape}, the bundle as {spec.dtype} {spec.shape}: "
                 f"build it again"
             )
-
-    def _bind(self, spec: TensorSpec) -> DeviceArray:
-        array = self._device.allocate(spec.shape, spec.dtype)
-        self._context.set_tensor_address(spec.name, array.pointer)
-        return array
 
 
 def library(flavour: Flavour) -> ModuleType:

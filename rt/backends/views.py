@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import cached_property
 
 import numpy as np
@@ -70,14 +71,27 @@ class Alone(HostSide):
 
     _open = True
 
+    @classmethod
+    def load(cls, device: Device, load: Callable[[], DeviceEngine]) -> Alone:
+        """What `load` gives on `device`, which is closed when it fails."""
+        with ExitStack() as undo:
+            undo.callback(device.close)
+            stream = device.create_stream()
+            undo.callback(device.destroy_stream, stream)
+            alone = cls(load(), device, stream)
+            undo.pop_all()
+        return alone
+
     def close(self) -> None:
-        """Close engine, stream and device."""
+        """Close engine, stream and device, in any thread: it is the collector's where nobody calls this."""
         if not self._open:
             return
         self._open = False
-        super().close()
-        self._device.destroy_stream(self._stream)
-        self._device.close()
+        with ExitStack() as closing:
+            closing.callback(self._device.close)
+            self._device.activate()
+            closing.callback(self._device.destroy_stream, self._stream)
+            closing.callback(super().close)
 
     def __del__(self) -> None:
         self.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import getpass
 import json
+import weakref
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +18,20 @@ import torch
 from torch import nn
 
 from rt.backends import Form, get
-from rt.backends.inductor import About, check_gpu, check_processor, check_torch, processor
+from rt.backends import inductor as backend_module
+from rt.backends.inductor import (
+    About,
+    Inductor,
+    InductorDeviceEngine,
+    Weight,
+    check_gpu,
+    check_processor,
+    check_torch,
+    exact_convolutions,
+    processor,
+)
 from rt.config import BuildConfig, DType
+from rt.cuda.host import HostDevice
 from rt.errors import BackendError, BackendUnavailableError, ConfigError, IncompatibleBundleError
 from rt.export.architectures import Architecture, clip, unet, vae
 from rt.export.build import build
@@ -222,6 +237,129 @@ def test_what_it_refuses_and_what_is_missing(monkeypatch):
 
     monkeypatch.setattr("rt.backends.inductor.version", missing)
     assert backend.available().problem.startswith('torch is not installed; run: pip install "torch>=2.9"')
+
+
+@pytest.mark.parametrize(
+    ("cuda", "problem"),
+    [
+        (None, "this torch is built without CUDA; install one with it"),
+        (
+            "13.0",
+            "the driver is older than this torch needs, which is built for CUDA 13.0; update the driver, or ",
+        ),
+    ],
+)
+def test_a_torch_that_does_not_use_the_gpu(monkeypatch, cuda, problem):
+    monkeypatch.setattr(backend_module, "gpu_problem", lambda: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    availability = get("inductor").available()
+    assert availability.version and availability.problem.startswith(problem)
+
+
+@pytest.fixture
+def gpu_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
+    """A package for a GPU without code, and what happens, in order, when it is loaded."""
+    happened: list[str] = []
+
+    class Loader:
+        def __init__(self, *arguments: Any) -> None: ...
+
+        def get_constant_fqns(self) -> list[str]:
+            return ["filter", "matrix"]
+
+        def load_constants(self, weights: dict[str, Any], *how: bool) -> None:
+            happened.append("load_constants")
+
+    class Stream:
+        def synchronize(self) -> None:
+            happened.append("synchronize")
+
+    weight = Weight(offset=0, dtype="float32", shape=(1,), stride=(1,))
+    about = About(
+        torch=torch.__version__,
+        machine="",
+        instructions=(),
+        capability=90,
+        file="unet.weights",
+        weights={"filter": weight, "matrix": weight},
+    )
+    path = tmp_path / "block.inductor.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("block/rt.json", about.to_json())
+    path.with_name(about.file).write_bytes(bytes(64))
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
+    monkeypatch.setattr(
+        backend_module._Weights, "get", lambda self, weight: happened.append("upload"), raising=True
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    return path, happened
+
+
+def test_uploads_are_waited_for_once(gpu_package):
+    path, happened = gpu_package
+    backend_module._Program(path, About.read(path), "cuda")
+    assert happened == ["upload", "upload", "load_constants", "synchronize"]
+    happened.clear()
+    backend_module._Program(path, About.read(path), "cpu")
+    assert "synchronize" not in happened
+
+
+@pytest.mark.parametrize("memory", [64 * 32 * 4, None], ids=["no room", "torch fails"])
+def test_an_engine_that_does_not_load_gives_everything_back(gpu_package, memory, monkeypatch):
+    def fails(*array: Any, **options: Any) -> None:
+        raise MemoryError("torch")
+
+    monkeypatch.setattr(torch, "as_tensor", fails)
+    device = HostDevice(memory=memory)
+    with pytest.raises(MemoryError, match="full" if memory else "torch"):
+        Inductor(lambda: device).load(gpu_package[0], INPUTS, OUTPUTS, dtype=DType.FP16, threads=1)
+    assert device.in_use == 0 and device.calls[-1].name == "close"
+    assert "free" in [call.name for call in device.calls]
+
+
+@pytest.mark.parametrize("dtype", [DType.FP32, DType.FP16])
+def test_on_a_gpu_fp32_is_not_tf32(gpu_package, dtype, monkeypatch):
+    ran, emptied = [], []
+    monkeypatch.setattr(torch, "as_tensor", lambda array, device: array)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: "pool")
+    for name in ("stream", "use_mem_pool"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "ExternalStream", int)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(
+        backend_module._Program,
+        "run",
+        lambda *arguments: ran.append(torch.backends.cudnn.conv.fp32_precision),
+    )
+    device = HostDevice()
+    engine = Inductor().load_on(device, gpu_package[0], INPUTS, OUTPUTS, dtype=dtype)
+    assert isinstance(engine, InductorDeviceEngine)
+    program, before = weakref.ref(engine._program), torch.backends.cudnn.conv.fp32_precision
+    assert before == "tf32", "torch's default"
+    engine.enqueue(device.create_stream())
+    assert ran == ["ieee" if dtype is DType.FP32 else before]
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    for _ in range(2):
+        engine.close()
+    gc.collect()
+    assert device.allocated == 0 and emptied and program() is None
+
+
+def test_precision_is_put_back_after_an_error():
+    before = torch.backends.cudnn.conv.fp32_precision
+    with pytest.raises(LookupError), exact_convolutions():
+        raise LookupError
+    assert torch.backends.cudnn.conv.fp32_precision == before != "ieee"
+
+
+def test_a_file_of_weights_is_mapped_once(tmp_path, monkeypatch):
+    path, maps, memmap = tmp_path / "unet.weights", [], np.memmap
+    path.write_bytes(bytes(64))
+    monkeypatch.setattr(np, "memmap", lambda *how, **mode: maps.append(1) or memmap(*how, **mode))
+    first, second = (backend_module._Weights.of(path, "cpu") for _ in range(2))
+    assert first is second and len(maps) == 1
+    assert backend_module._Weights.of(path, "cuda") is not first and len(maps) == 2
 
 
 def test_auto_leaves_the_processor_to_faster_engines():

@@ -26,6 +26,7 @@ from rt.backends import (
     openvino_cpu,
     ort_cpu,
 )
+from rt.backends.base import failure
 from rt.bundle import Bundle, EngineRecord
 from rt.config import DType
 from rt.errors import BackendError, BackendUnavailableError, ConfigError
@@ -301,6 +302,20 @@ def test_a_library_out_of_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPat
     for name in NAMES:
         with pytest.raises(MemoryError, match=f"{name} cannot load some.onnx"):
             get(name).load(Path("some.onnx"), (), (), dtype=DType.FP32, threads=1)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB",
+        "IExecutionContext: Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)",
+    ],
+)
+def test_a_gpu_out_of_memory_is_a_memory_error(reason: str) -> None:
+    error = failure("inductor cannot load some.pt2", RuntimeError(reason), "the first line")
+    assert type(error) is MemoryError and str(error) == "inductor cannot load some.pt2"
+    other = failure("inductor cannot load some.pt2", RuntimeError("the file is cut"), "the file is cut")
+    assert isinstance(other, BackendError) and str(other) == "inductor cannot load some.pt2: the file is cut"
 
 
 @pytest.mark.parametrize("name", NAMES)

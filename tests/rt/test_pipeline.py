@@ -623,3 +623,50 @@ def test_a_closed_pipeline_cannot_draw(demo_bundle, words):
     pipe.close()
     with pytest.raises(ConfigError, match="this pipeline is closed: open the bundle again"):
         pipe(words(), **FAST)
+
+
+def test_replaced_latents_are_not_read_first(device_pipe, words):
+    device, names = device_pipe.engines.place.device, []
+    other = np.ones((1, *LATENTS), np.float32)
+
+    def replace(pipe, step, timestep, given):
+        names.append([call.name for call in device.calls])
+        device.calls = []
+        return {"latents": other}
+
+    device_pipe(words(), callback_on_step_end=replace, callback_on_step_end_tensor_inputs=[], **FAST)
+    assert "synchronise" in names[1] and "download" not in names[1]
+    with pytest.raises(
+        ConfigError, match=re.escape("the callback gave latents (4, 16, 16); expected (1, 4, 16, 16)")
+    ):
+        device_pipe(words(), callback_on_step_end=lambda *s: {"latents": other[0]}, **FAST)
+
+
+def test_a_session_that_cannot_be_closed_does_not_keep_the_rest(device_pipe, words, monkeypatch):
+    device = device_pipe.engines.place.device
+    device_pipe(words(), num_images_per_prompt=3, **FAST)  # a batch of two and one of one
+    *_, last = device_pipe._sessions.values()
+    assert len(device_pipe._sessions) == 2
+    close = last.close
+
+    def stuck():
+        close()
+        raise BackendError("stuck")
+
+    monkeypatch.setattr(last, "close", stuck)
+    with pytest.raises(BackendError, match="stuck"):
+        device_pipe.close()
+    assert device.in_use == 0 and device.calls[-1].name == "close"
+    device_pipe.close()
+    with pytest.raises(ConfigError, match="this pipeline is closed"):
+        device_pipe(words(), **FAST)
+
+
+def test_a_bundle_that_cannot_be_opened_opens_no_device(demo_bundle, monkeypatch):
+    def fails(path):
+        raise BundleError("no tokenizer")
+
+    monkeypatch.setattr("rt.pipeline.Tokenizer.open", fails)
+    monkeypatch.setattr("rt.pipeline.Engines", lambda *_: pytest.fail("opened first"))
+    with pytest.raises(BundleError, match="no tokenizer"):
+        rt.Pipeline.from_bundle(demo_bundle)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +24,7 @@ from rt.errors import BackendError, BackendUnavailableError, ConfigError
 from rt.shapes import TensorSpec
 
 X, Y = TensorSpec(name="x", shape=(2, 3)), TensorSpec(name="y", shape=(2, 3))
+NBYTES = 2 * 3 * 4
 TENSORS = (("x", "float32", (2, 3)), ("y", "float32", (2, 3)))
 
 
@@ -172,6 +175,31 @@ def test_one_that_never_ran_gives_its_device_back_too(trt: Any, plan: Any) -> No
     engine.close()
     del engine
     assert device.in_use == 0
+
+
+def test_an_engine_that_does_not_fit_gives_back_what_it_took(trt: Any, plan: Any) -> None:
+    backend, device = TensorRT(CLASSIC), HostDevice(memory=2 * NBYTES - 1)
+    with pytest.raises(MemoryError):
+        load(device, plan(), backend)
+    assert device.in_use == 0 and device.calls[-1].name == "free"
+    assert device not in backend._scratch
+
+
+def test_a_device_of_its_own_is_closed_when_nothing_loads(trt: Any, plan: Any) -> None:
+    device = HostDevice(memory=NBYTES)
+    with pytest.raises(MemoryError):
+        TensorRT(CLASSIC, lambda: device).load(plan(), [X], [Y], dtype=DType.FP32, threads=1)
+    assert device.in_use == 0 and device.calls[-1].name == "close"
+
+
+def test_a_backend_does_not_keep_the_devices_of_the_past(trt: Any, plan: Any) -> None:
+    backend, device = TensorRT(CLASSIC), HostDevice()
+    engine = load(device, plan(), backend)
+    past = weakref.ref(device)
+    engine.close()
+    del engine, device
+    gc.collect()
+    assert past() is None
 
 
 @pytest.mark.parametrize("flavour", [CLASSIC, RTX], ids=lambda flavour: flavour.name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from rt.backends.views import DeviceSide, HostSide
+from rt.backends.views import Alone, DeviceSide, HostSide
 from rt.cuda.formats import decode
 from rt.cuda.host import HostDevice
 from rt.errors import BackendError
@@ -73,3 +76,40 @@ def test_bfloat16(device):
         engine.outputs["y"], decode(device.view(engine.engine.outputs["y"]), "bfloat16")
     )
     assert engine.outputs["y"][1] == 1.0
+
+
+class Watched(HostDevice):
+    """Remembers the threads that it is active in, as CUDA does, and refuses to be closed in another."""
+
+    def __init__(self):
+        super().__init__()
+        self.active = {threading.get_ident()}
+
+    def activate(self):
+        self.active.add(threading.get_ident())
+
+    def destroy_stream(self, stream):
+        assert threading.get_ident() in self.active
+        super().destroy_stream(stream)
+
+
+def test_one_alone_is_closed_in_any_thread():
+    device = Watched()
+    engine = Alone.load(device, lambda: DeviceSide("double", Doubling(np.float32), device))
+    engine.enqueue()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(engine.close).result()
+    assert device.in_use == 0 and device.calls[-1].name == "close"
+    engine.close()
+    assert [call.name for call in device.calls].count("close") == 1
+
+
+def test_an_engine_that_cannot_be_closed_leaves_no_device_open(device):
+    class Stuck(DeviceSide):
+        def close(self):
+            raise BackendError("stuck")
+
+    engine = Alone.load(device, lambda: Stuck("double", Doubling(np.float32), device))
+    with pytest.raises(BackendError, match="stuck"):
+        engine.close()
+    assert device.in_use == 0 and device.calls[-1].name == "close"
