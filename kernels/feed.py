@@ -5,8 +5,9 @@
     state (rows, RING_X + RING_H, elements) and its rings as in `guide_and_step`, position (rows,), scale (rows,)
     → out (rows, elements) in T, broken (rows,)
 
-A row whose scale is 0 is left alone. When a row joins a loop its scale is c_in of its first step, and that of the
-others 0; before decoding it is the reciprocal of the autoencoder's scaling factor. `position` is the counter that was
+A row whose scale is 0 is left alone, so a row could join a loop while the others go on; rt begins all rows of a run at
+once, with c_in of their first steps. Before decoding the scale is 1: the decoder of a bundle takes latents as the
+sampler leaves them. `position` is the counter that was
 written last, that is `upcoming`. Where a result is NaN or Inf, in T, and `broken` is 0, it becomes position + 1.
 """
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rt.expression import evaluate
+from rt.kernel_image import Constant as Constant
 from rt.kernel_image import TensorArgument, integers
 
 if TYPE_CHECKING:
     import torch
 
-Constant = int | float | bool | str
 BYTES = {"float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint8": 1}
 
 
