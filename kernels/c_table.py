@@ -15,8 +15,8 @@ from typing import Any
 
 from rt.errors import BuildError
 from rt.expression import evaluate
-from rt.kernel_image import KernelImage
-from rt.kernels.spec import Constant, KernelSpec
+from rt.kernel_image import Constant, KernelImage
+from rt.kernels.spec import KernelSpec
 
 C_TYPES = {bool: "bool", int: "int64_t", float: "double", str: "const char*"}
 MOST_ARGUMENTS = 32

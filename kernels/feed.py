@@ -7,8 +7,8 @@
 
 A row whose scale is 0 is left alone, so a row could join a loop while the others go on; rt begins all rows of a run at
 once, with c_in of their first steps. Before decoding the scale is 1: the decoder of a bundle takes latents as the
-sampler leaves them. `position` is the counter that was
-written last, that is `upcoming`. Where a result is NaN or Inf, in T, and `broken` is 0, it becomes position + 1.
+sampler leaves them. `position` is the counter that was written last, that is `upcoming`. Where a result is NaN or Inf,
+in T, and `broken` is 0, it becomes position + 1.
 """
 
 from __future__ import annotations
