@@ -60,7 +60,9 @@ class DeviceStep:
         engine: The program.
         latents: (B, C, h, w), its input.
         prediction: (B or 2B, C, h, w), its output.
-        times: Everything that changes with the timestep.
+        times: Everything that changes with the timestep, a launch each. How many there are is decided by whoever
+            allocated the inputs of the engine: one where they are `rt.cuda.memory.side_by_side`, as many as there
+            are inputs, 22 in SD 1.5, where each was allocated by itself.
     """
 
     def __init__(self, engine: DeviceEngine, place: Place, steps: int) -> None:
