@@ -43,9 +43,10 @@ def feed(state, position, scale, elements, out, broken, BLOCK: tl.constexpr):
         i = tl.load(position + row)
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
-        x = state + row.to(tl.int64) * ((RING_X + RING_H) * elements) + i % RING_X * elements
+        place = elements.to(tl.int64)
+        x = state + (row * (RING_X + RING_H) + i % RING_X) * place
         y = (factor * tl.load(x + at, inside, 0.0)).to(out.dtype.element_ty)
-        tl.store(out + row * elements + at, y, inside)
+        tl.store(out + row * place + at, y, inside)
         finite = tl.abs(y.to(tl.float32)) < float("inf")
         wrong = tl.min(finite.to(tl.int32), 0) == 0
         tl.store(broken + row, i + 1, wrong & (tl.load(broken + row) == 0))
