@@ -93,6 +93,7 @@ SPEC = KernelSpec(
     inplace=frozenset({"out", "broken"}),
     config=config,
     grid=("cdiv(elements, BLOCK)", "rows"),
+    bounds=("elements + BLOCK",),
     reference=reference,
     cases=(case(6, 100), case(1, 512, dtype="bfloat16"), case(2, 1300, dtype="float32")),
     workloads={"sd15 512": case(1, 4 * 64 * 64), "sdxl 1024": case(1, 4 * 128 * 128)},

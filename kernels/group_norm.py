@@ -67,7 +67,10 @@ def group_norm(
     m2 = tl.zeros((BLOCK, WIDTH), tl.float32)
     for first in range(0, pixels, BLOCK):
         valid = (first + pixel < pixels)[:, None] & inside[None, :]
-        value = tl.load(x + start + tl.cast(first, tl.int64) * channels + offset, valid, 0.0).to(tl.float32) + added
+        value = (
+            tl.load(x + start + tl.cast(first, tl.int64) * channels + offset, valid, 0.0).to(tl.float32)
+            + added
+        )
         mean, m2 = welford.accumulate(value, mean, m2, first // BLOCK + 1.0, valid)
     mean, m2 = welford.merge(mean, m2, welford.seen(pixels, pixel, BLOCK)[:, None], 0)
     mean, m2 = welford.merge(mean, m2, tl.where(inside, pixels, 0).to(tl.float32), 0)
@@ -164,6 +167,7 @@ SPEC = KernelSpec(
     fixed=("channels",),
     config=config,
     grid=("batch * groups",),
+    bounds=("pixels * (channels // groups)", "pixels + BLOCK"),
     reference=reference,
     cases=(
         case(1, 64, 320),

@@ -82,6 +82,7 @@ SPEC = KernelSpec(
     ),
     config=config,
     grid=("cdiv(elements, BLOCK)",),
+    bounds=("elements + BLOCK",),
     reference=reference,
     cases=(
         case(1, 1, 64),
