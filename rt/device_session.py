@@ -78,6 +78,7 @@ class DeviceSession:
             raise ConfigError("these engines run on the host; rt.session.Session is for them")
         self.profile = profile
         self._engines, self._place, self._mode = engines, engines.place, mode
+        self._place.device.activate()
         self._kernels = LoopKernels(kernels)
         self._shape = spec.latent_shape(profile.height, profile.width)
         self._time = TimeTable(engines.get(Component.UNET_TIME), (profile.height, profile.width))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -466,6 +467,23 @@ def test_a_decoder_is_captured_once(device, session, rng):
     device.calls = []
     list(session.pixels())
     assert names(device).count("begin_capture") == 1 and names(device).count("graph") == len(makes)
+
+
+def test_any_thread_may_own_a_session(device, engines, tmp_path, rng):
+    """The device was made in this one. Each call has a thread of its own here, so that each must activate it."""
+
+    def elsewhere(work):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    on_device: Any = DeviceEngines(engines.get, device)
+    kernels = library(device, tmp_path)
+    session = elsewhere(lambda: DeviceSession(on_device, kernels, SPEC, PROFILE))
+    make = recipes(rng, guided=True)[0]
+    elsewhere(lambda: session.run([make()]))
+    assert_same(elsewhere(session.latents), host([make()]))
+    assert len(elsewhere(lambda: [*session.images(), *session.pixels()])) == 2
+    elsewhere(session.close)
 
 
 def test_results_outlive_the_session(device, session, rng):
