@@ -205,6 +205,7 @@ SPEC = KernelSpec(
     fixed=("width",),
     config=config,
     grid=("cdiv(queries, BLOCK_L)", "batch * heads"),
+    bounds=("queries * heads * width", "keys * heads * width"),
     reference=reference,
     cases=(
         case(2, 130, 77, 2, 40),

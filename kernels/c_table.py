@@ -15,8 +15,8 @@ from typing import Any
 
 from rt.errors import BuildError
 from rt.expression import evaluate
-from rt.kernel_image import KernelImage
-from rt.kernels.spec import Constant, KernelSpec
+from rt.kernel_image import Constant, KernelImage
+from rt.kernels.spec import KernelSpec
 
 C_TYPES = {bool: "bool", int: "int64_t", float: "double", str: "const char*"}
 MOST_ARGUMENTS = 32
@@ -189,7 +189,8 @@ class _Operator:
         """The C function for scalars and grid."""
         scalars = [formula(text, self.sizes) for text in self.spec.scalars.values()]
         grid = [formula(text, (*self.sizes, *self.constants)) for text in self.grid]
-        used = {*re.findall(r"\w+", " ".join([*scalars, *grid]))}
+        bounds = [formula(text, (*self.sizes, *self.constants)) for text in self.spec.bounds]
+        used = {*re.findall(r"\w+", " ".join([*scalars, *grid, *bounds]))}
         yield (
             f"static bool plan_{self.spec.name}(const int64_t* sizes, const rt_constant* constants, "
             "int64_t* scalars, int64_t grid[3]) {"
@@ -204,6 +205,7 @@ class _Operator:
         yield "  bool fits = true;"
         yield from (f"  scalars[{i}] = {text};" for i, text in enumerate(scalars))
         yield from (f"  grid[{i}] = {text};" for i, text in enumerate(grid))
+        yield from (f"  if ({text} > INT32_MAX) fits = false;" for text in bounds)
         yield "  return fits;"
         yield "}"
 

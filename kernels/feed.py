@@ -5,9 +5,10 @@
     state (rows, RING_X + RING_H, elements) and its rings as in `guide_and_step`, position (rows,), scale (rows,)
     → out (rows, elements) in T, broken (rows,)
 
-A row whose scale is 0 is left alone. When a row joins a loop its scale is c_in of its first step, and that of the
-others 0; before decoding it is the reciprocal of the autoencoder's scaling factor. `position` is the counter that was
-written last, that is `upcoming`. Where a result is NaN or Inf, in T, and `broken` is 0, it becomes position + 1.
+A row whose scale is 0 is left alone, so a row could join a loop while the others go on; rt begins all rows of a run at
+once, with c_in of their first steps. Before decoding the scale is 1: the decoder of a bundle takes latents as the
+sampler leaves them. `position` is the counter that was written last, that is `upcoming`. Where a result is NaN or Inf,
+in T, and `broken` is 0, it becomes position + 1.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def feed(state, position, scale, elements, out, broken, BLOCK: tl.constexpr):
         i = tl.load(position + row)
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
-        x = state + row.to(tl.int64) * ((RING_X + RING_H) * elements) + i % RING_X * elements
+        place = elements.to(tl.int64)
+        x = state + (row * (RING_X + RING_H) + i % RING_X) * place
         y = (factor * tl.load(x + at, inside, 0.0)).to(out.dtype.element_ty)
-        tl.store(out + row * elements + at, y, inside)
+        tl.store(out + row * place + at, y, inside)
         finite = tl.abs(y.to(tl.float32)) < float("inf")
         wrong = tl.min(finite.to(tl.int32), 0) == 0
         tl.store(broken + row, i + 1, wrong & (tl.load(broken + row) == 0))
@@ -91,6 +93,7 @@ SPEC = KernelSpec(
     inplace=frozenset({"out", "broken"}),
     config=config,
     grid=("cdiv(elements, BLOCK)", "rows"),
+    bounds=("elements + BLOCK",),
     reference=reference,
     cases=(case(6, 100), case(1, 512, dtype="bfloat16"), case(2, 1300, dtype="float32")),
     workloads={"sd15 512": case(1, 4 * 64 * 64), "sdxl 1024": case(1, 4 * 128 * 128)},

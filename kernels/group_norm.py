@@ -61,13 +61,16 @@ def group_norm(
     added = tl.load(bias + row * channels + channel, inside, 0.0)[None, :]
 
     pixel = tl.arange(0, BLOCK)
-    start = row.to(tl.int64) * pixels * channels  # a batch may hold more than 2³¹ values
+    start = row.to(tl.int64) * pixels * channels  # a picture may hold more than 2³¹ values
     offset = pixel[:, None] * channels + channel[None, :]
     mean = tl.zeros((BLOCK, WIDTH), tl.float32)
     m2 = tl.zeros((BLOCK, WIDTH), tl.float32)
     for first in range(0, pixels, BLOCK):
         valid = (first + pixel < pixels)[:, None] & inside[None, :]
-        value = tl.load(x + start + first * channels + offset, valid, 0.0).to(tl.float32) + added
+        value = (
+            tl.load(x + start + tl.cast(first, tl.int64) * channels + offset, valid, 0.0).to(tl.float32)
+            + added
+        )
         mean, m2 = welford.accumulate(value, mean, m2, first // BLOCK + 1.0, valid)
     mean, m2 = welford.merge(mean, m2, welford.seen(pixels, pixel, BLOCK)[:, None], 0)
     mean, m2 = welford.merge(mean, m2, tl.where(inside, pixels, 0).to(tl.float32), 0)
@@ -76,7 +79,7 @@ def group_norm(
     term = tl.load(shift + channel, inside, 0.0)[None, :]
     for first in range(0, pixels, BLOCK):
         valid = (first + pixel < pixels)[:, None] & inside[None, :]
-        at = start + first * channels + offset
+        at = start + tl.cast(first, tl.int64) * channels + offset
         value = (tl.load(x + at, valid, 0.0).to(tl.float32) + (added - mean)) * factor + term
         if silu:
             value *= tl.sigmoid(value)
@@ -164,6 +167,7 @@ SPEC = KernelSpec(
     fixed=("channels",),
     config=config,
     grid=("batch * groups",),
+    bounds=("pixels * (channels // groups)", "pixels + BLOCK"),
     reference=reference,
     cases=(
         case(1, 64, 320),

@@ -188,6 +188,7 @@ SPEC = KernelSpec(
     fixed=("channels",),
     config=config,
     grid=("cdiv(groups, GROUPS)", "cdiv(pixels, chunk)", "batch"),
+    bounds=("pixels * (channels // groups)",),
     reference=reference,
     cases=(
         case(1, 256, 128, 64),

@@ -97,6 +97,7 @@ SPEC = KernelSpec(
     outputs=(TensorArgument(name="factor", shape=("rows",), dtype="float32"),),
     config=config,
     grid=("rows",),
+    bounds=("sides * rows * elements", "elements + BLOCK", f"{COLUMNS.value} * rows * steps"),
     reference=reference,
     cases=(
         case(1, 2, 1000),

@@ -209,6 +209,11 @@ SPEC = KernelSpec(
     inplace=frozenset({"state", "latents", "broken"}),
     config=config,
     grid=("cdiv(elements, BLOCK)", "rows"),
+    bounds=(
+        f"{RING_X.value + RING_H.value} * elements",
+        "sides * rows * elements",
+        f"{COLUMNS.value} * rows * steps",
+    ),
     reference=reference,
     cases=(
         case(1, 1, 64),

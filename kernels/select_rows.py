@@ -5,10 +5,12 @@
 
     table (steps, elements) in T, owner (elements,), upcoming (rows,) → out (elements,) in T, position (rows,)
 
-`out` is one allocation that holds all buffers of the network that change with the timestep, side by side; line i of the
-table is what it holds when all rows are at step i. An element belongs to the row `owner`, so the kernel need not know
-whether both sides of a row share features, or how many buffers there are. `guide_and_step` says why there are two
-counters. A row at its end keeps its last features.
+`out` is a stretch of memory that holds buffers of the network that change with the timestep, side by side; line i of
+the table is what it holds when all rows are at step i. An element belongs to the row `owner`, so the kernel need not
+know whether both sides of a row share features, or how many buffers there are. Each stretch takes a launch. One holds
+all buffers where the engine allocated them in one block without gaps, and a single one where each was allocated by
+itself: then a step of SD 1.5 has 22 launches, of which every one writes the same counters. `guide_and_step` says why
+there are two. A row at its end keeps its last features.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ SPEC = KernelSpec(
     ),
     config=config,
     grid=("cdiv(elements, BLOCK)",),
+    bounds=("elements + BLOCK",),
     reference=reference,
     cases=(
         case(1, 1, 64),

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rt.expression import evaluate
+from rt.kernel_image import Constant as Constant
 from rt.kernel_image import TensorArgument, integers
 
 if TYPE_CHECKING:
     import torch
 
-Constant = int | float | bool | str
 BYTES = {"float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint8": 1}
 
 
@@ -73,6 +73,8 @@ class KernelSpec:
         fixed: Sizes that are compile-time constants of the kernel, by the parameter's own name.
         config: The compiled form for a case.
         grid: Formulas over sizes and constants, one to three.
+        bounds: Formulas over sizes and constants, of what the kernel works out in 32 bits beyond its scalars. The C
+            library refuses a launch where one is not below 2³¹.
         reference: (inputs and in-place outputs as fp32 or integer tensors, attributes by name) → outputs, in torch.
         cases: For tests: every branch, ragged sizes.
         workloads: Name to case: what the models run, for benchmarks and the compiled library.
@@ -98,6 +100,7 @@ class KernelSpec:
     inplace: frozenset[str] = frozenset()
     scalars: Mapping[str, str] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    bounds: tuple[str, ...] = ()
     flops: Callable[[Case], int] = lambda case: 0
     examples: Mapping[str, Callable[[Case, torch.Generator], torch.Tensor]] = field(default_factory=dict)
     alternatives: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

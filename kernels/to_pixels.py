@@ -84,6 +84,7 @@ SPEC = KernelSpec(
     inplace=frozenset({"broken"}),
     config=config,
     grid=("cdiv(elements, BLOCK)", "batch"),
+    bounds=("elements + BLOCK",),
     reference=reference,
     cases=(case(2, 3 * 1000), case(1, 1024, dtype="bfloat16"), case(3, 3 * 700, dtype="float32")),
     workloads={"512": case(1, 3 * 512 * 512), "1024": case(1, 3 * 1024 * 1024)},

@@ -78,10 +78,14 @@ class DeviceSession:
             raise ConfigError("these engines run on the host; rt.session.Session is for them")
         self.profile = profile
         self._engines, self._place, self._mode = engines, engines.place, mode
+        self._place.device.activate()
         self._kernels = LoopKernels(kernels)
         self._shape = spec.latent_shape(profile.height, profile.width)
         self._time = TimeTable(engines.get(Component.UNET_TIME), (profile.height, profile.width))
-        self._events = [self._place.device.create_event() for _ in range(AHEAD)]
+        # One that the end of a run is waited for with, and those of its steps.
+        self._done, *self._ahead = self._events = [
+            self._place.device.create_event() for _ in range(1 + AHEAD)
+        ]
         self._held: tuple[Buffers, StepGraphs] | None = None
         self._decoder: Decoder | None = None
         self._run: Run | None = None
@@ -124,20 +128,20 @@ class DeviceSession:
         """
         self._place.device.activate()
         all_guided(rows)
-        self._run = (
-            None  # if nobody has read it, the device may see a mix of both in it until this one begins
-        )
+        self._run = None  # if nobody has read it, the device may see a mix of both until this one begins
         self._time.prepare(moments(rows))
         buffers, graphs = self._room(rows)
-        self._run = Run(self._engines, self._place, buffers, graphs, self._kernels, rows, self._shape)
+        self._run = Run(
+            self._engines, self._place, buffers, graphs, self._kernels, rows, self._shape, self._done
+        )
         self._run.upload(self._time)
         if self._mode is GraphMode.LOOP and on_step is None:
             self._run.launch_whole()
         else:
-            self._run.launch(on_step, self._events)
+            self._run.launch(on_step, self._ahead)
 
     def latents(self) -> list[Float32]:
-        """Of each row of the last run (C, h, w), valid until the next.
+        """Of each row of the last run (C, h, w), copies.
 
         Raises:
             NumericsError: The run gave NaN or Inf.
@@ -145,7 +149,7 @@ class DeviceSession:
         return self._last().latents()
 
     def images(self) -> Iterator[Float32]:
-        """See `rt.session.Loop`; all are decoded before the first is given.
+        """See `rt.session.Loop`; all are decoded before the first is given, and are copies.
 
         Raises:
             NumericsError: The run or the decoder gave NaN or Inf.

@@ -8,8 +8,11 @@ from typing import Any
 
 from rt.expression import evaluate
 
+Constant = int | float | bool | str
+"""A compile-time argument of a kernel."""
 
-def integers(constants: Mapping[str, int | float | bool | str]) -> dict[str, int]:
+
+def integers(constants: Mapping[str, Constant]) -> dict[str, int]:
     """What formulas may name of the compile-time constants."""
     return {name: value for name, value in constants.items() if isinstance(value, int)}
 
@@ -68,7 +71,7 @@ class KernelImage:
     capability: int
     file: str
     sizes: Mapping[str, int]
-    constants: Mapping[str, int | float | bool | str]
+    constants: Mapping[str, Constant]
     inputs: tuple[TensorArgument, ...]
     scalars: Mapping[str, str]
     outputs: tuple[TensorArgument, ...]

@@ -64,7 +64,7 @@ class RowState(Protocol):
 
     @property
     def position(self) -> int:
-        """Steps done."""
+        """Steps done, on a GPU enqueued: the device may still be at one of the last two. Its x is that after them."""
 
     @property
     def latents(self) -> Float32:

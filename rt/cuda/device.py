@@ -215,9 +215,8 @@ def capture(device: Device, stream: Stream, work: Callable[[], None]) -> Graph:
     try:
         work()
     except BaseException:
-        with suppress(
-            BackendError
-        ):  # its error is on its way; CUDA may have broken the capture off by itself
+        # Its error is on its way; CUDA may have broken the capture off by itself.
+        with suppress(BackendError, MemoryError):
             device.end_capture(stream).close()
         raise
     return device.end_capture(stream)

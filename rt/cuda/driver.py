@@ -58,7 +58,7 @@ class CudaDevice:
         minor = self._call(
             "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._device
         )
-        self.name = self._call("cuDeviceGetName", 256, self._device).rstrip(b"\0").decode()
+        self.name = self._call("cuDeviceGetName", 256, self._device).partition(b"\0")[0].decode()
         self.capability = 10 * major + minor
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self._modules: list[Any] = []
@@ -164,10 +164,16 @@ class CudaDevice:
     def chain(self, graphs: Sequence[Any]) -> CudaGraph:
         """See `Device`."""
         whole = self._call("cuGraphCreate", 0)
-        before: list[Any] = []
-        for graph in graphs:
-            node = self._call("cuGraphAddChildGraphNode", whole, before or None, len(before), graph.handle)
-            before = [node]
+        try:
+            before: list[Any] = []
+            for graph in graphs:
+                node = self._call(
+                    "cuGraphAddChildGraphNode", whole, before or None, len(before), graph.handle
+                )
+                before = [node]
+        except BaseException:
+            self._call("cuGraphDestroy", whole)
+            raise
         return CudaGraph(self, whole)
 
     def close(self) -> None:
@@ -241,13 +247,17 @@ class CudaGraph:
     """See `Graph`. The graph itself is kept beside its executable form: chains copy it.
 
     Attributes:
-        handle: Of the graph.
+        handle: Of the graph, which is destroyed with this object, also where it cannot be made executable.
     """
 
     def __init__(self, device: CudaDevice, handle: Any) -> None:
         self.handle = handle
         self._device = device
-        self._executable = device._call("cuGraphInstantiate", handle, 0)
+        try:
+            self._executable = device._call("cuGraphInstantiate", handle, 0)
+        except BaseException:
+            device._call("cuGraphDestroy", handle)
+            raise
 
     def launch(self, stream: Stream) -> None:
         """See `Graph`."""

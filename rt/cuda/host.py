@@ -3,6 +3,7 @@
 Nothing that is enqueued runs before the host waits for it. So a buffer that is read before its download is due, or
 written over before its upload is, gives a wrong result here every time, where a GPU would give one now and then.
 Fresh memory, of the device and page-locked, is NaN; freed memory, and memory that nobody allocated, cannot be read.
+A thread that has neither made nor activated the device is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,8 @@ class HostDevice:
         self._queues: dict[Stream, _Queue] = {}
         self._events: dict[Event, _Marker] = {}
         self._handles = count(1)
+        self._thread = local()  # of each thread: whether it has activated the device
+        self.activate()
 
     @property
     def allocated(self) -> int:
@@ -104,6 +108,7 @@ class HostDevice:
 
     def activate(self) -> None:
         """See `Device`."""
+        self._thread.active = True
 
     def allocate(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """See `Device`."""
@@ -162,18 +167,21 @@ class HostDevice:
 
     def unpin(self, array: Array) -> None:
         """See `Device`."""
+        self._active("unpin")
         if self._pinned.pop(array.ctypes.data, None) is None:
             raise BackendError("unpin of an array that is not pinned")
         self._note("unpin")
 
     def create_stream(self) -> Stream:
         """See `Device`."""
+        self._active("create_stream")
         stream = Stream(next(self._handles))
         self._queues[stream] = _Queue()
         return stream
 
     def destroy_stream(self, stream: Stream) -> None:
         """See `Device`."""
+        self._active("destroy_stream")
         if self._queues[stream].pending:
             raise BackendError("a stream is destroyed while work is under way in it")
         del self._queues[stream]
@@ -218,16 +226,19 @@ class HostDevice:
 
     def create_event(self) -> Event:
         """See `Device`."""
+        self._active("create_event")
         event = Event(next(self._handles))
         self._events[event] = _Marker(_Queue(), reached=True)  # one that was never recorded holds nobody up
         return event
 
     def destroy_event(self, event: Event) -> None:
         """See `Device`."""
+        self._active("destroy_event")
         del self._events[event]
 
     def record(self, event: Event, stream: Stream) -> None:
         """See `Device`."""
+        self._active("record")
         marker = self._events[event] = _Marker(self._queues[stream])
         self._enqueue(stream, "record", "", marker.reach)
 
@@ -249,6 +260,7 @@ class HostDevice:
 
     def begin_capture(self, stream: Stream) -> None:
         """See `Device`."""
+        self._active("begin_capture")
         if self._queues[stream].capture is not None:
             raise BackendError("begin_capture of a stream that is being captured")
         self._queues[stream].capture = []
@@ -256,6 +268,7 @@ class HostDevice:
 
     def end_capture(self, stream: Stream) -> HostGraph:
         """See `Device`."""
+        self._active("end_capture")
         work, self._queues[stream].capture = self._queues[stream].capture, None
         if work is None:
             raise BackendError("end_capture of a stream that is not being captured")
@@ -264,11 +277,13 @@ class HostDevice:
 
     def chain(self, graphs: Sequence[Any]) -> HostGraph:
         """See `Device`."""
+        self._active("chain")
         self._note("chain", str(len(graphs)))
         return HostGraph(self, [each for graph in graphs for each in graph.work])
 
     def close(self) -> None:
         """See `Device`."""
+        self._active("close")
         self._note("close")
 
     def _bytes(self, array: DeviceArray) -> Array:
@@ -278,11 +293,17 @@ class HostDevice:
         self.calls.append(Call(name, subject, captured))
 
     def _enqueue(self, stream: Stream, name: str, subject: str, work: Work) -> None:
+        self._active(name)
         queue = self._queues[stream]
         self._note(name, subject, captured=queue.capture is not None)
         (queue.pending if queue.capture is None else queue.capture).append(work)
 
+    def _active(self, what: str) -> None:
+        if not getattr(self._thread, "active", False):
+            raise BackendError(f"{what} in a thread that has not activated the device")
+
     def _outside_capture(self, what: str) -> None:
+        self._active(what)
         if any(queue.capture is not None for queue in self._queues.values()):
             raise BackendError(f"{what} while a stream is being captured")
 

@@ -9,8 +9,6 @@ from rt.cuda.device import Device, Kernel
 from rt.errors import BackendError, IntegrityError
 from rt.kernel_image import KernelImage
 
-Constant = int | float | bool | str
-
 
 class KernelLibrary:
     """The kernels of one folder on one device.
@@ -26,21 +24,13 @@ class KernelLibrary:
         self._images = tuple(images)
         self._loaded: dict[str, Kernel] = {}
 
-    def get(
-        self,
-        kernel: str,
-        *,
-        dtypes: Mapping[str, str],
-        sizes: Mapping[str, int],
-        constants: Mapping[str, Constant] | None = None,
-    ) -> Kernel:
+    def get(self, kernel: str, *, dtypes: Mapping[str, str], sizes: Mapping[str, int]) -> Kernel:
         """The kernel that was compiled for these, loaded if need be; the newest architecture that the GPU executes.
 
         Args:
             kernel: Name of the op.
             dtypes: Argument to format, for those that come in more than one.
             sizes: Of the launch; those that were fixed must be equal.
-            constants: Attributes that it must have been compiled with.
 
         Raises:
             BackendError: None was, with what there is; or the driver refuses the cubin.
@@ -56,11 +46,10 @@ class KernelLibrary:
             image
             for image in named
             if all(sizes.get(name, fixed) == fixed for name, fixed in image.sizes.items())
-            and all(image.constants.get(name) == value for name, value in (constants or {}).items())
             and dtypes.items() <= _dtypes(image).items()
         ]
         if not fitting:
-            wanted = _describe({**dtypes, **sizes, **(constants or {})})
+            wanted = _describe({**dtypes, **sizes})
             there = "; ".join(sorted({image.name for image in named}))
             raise BackendError(
                 f"{kernel} was not compiled for {wanted}; there are: {there}. Build the bundle again"

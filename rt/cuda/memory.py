@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from rt.cuda.device import Device, DeviceArray, Stream
+from rt.cuda.device import ALIGNMENT, Device, DeviceArray, Stream
 from rt.cuda.formats import Array
 
 
@@ -62,3 +62,30 @@ class Memory:
             self._device.free(self._arrays.pop())
         while self._pinned:
             self._device.unpin(self._pinned.pop())
+
+
+def side_by_side(
+    device: Device, wanted: Mapping[str, tuple[Sequence[int], str]], *, alignment: int = ALIGNMENT
+) -> tuple[DeviceArray, dict[str, DeviceArray]]:
+    """Arrays in one allocation, so that one launch can fill all of those that follow each other without a gap.
+
+    An array whose bytes are no multiple of `alignment` has a gap behind it; these come last, by format.
+
+    Args:
+        device: Where.
+        wanted: Name to shape and format.
+        alignment: Bytes that each array is to start at a multiple of; at most what `Device.allocate` gives, 256.
+
+    Returns:
+        The allocation, in bytes, which is to be freed, and its parts by name, in the order of `wanted`; their contents
+        are undefined.
+    """
+    arrays = {name: DeviceArray(0, tuple(shape), dtype) for name, (shape, dtype) in wanted.items()}
+    starts, end = {}, 0
+    for name, array in sorted(arrays.items(), key=lambda one: (one[1].nbytes % alignment > 0, one[1].dtype)):
+        starts[name] = -(-end // alignment) * alignment
+        end = starts[name] + array.nbytes
+    block = device.allocate((end,), "uint8")
+    return block, {
+        name: replace(array, pointer=block.pointer + starts[name]) for name, array in arrays.items()
+    }

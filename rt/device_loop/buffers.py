@@ -72,7 +72,7 @@ class Buffers:
         if program not in self._programs:
             component, guided = program
             engine = self._engines.on_device(component, self._profile, guided=guided)
-            self._programs[program] = DeviceStep(engine, self._place, self._memory, self.steps)
+            self._programs[program] = DeviceStep(engine, self._place, self.steps)
         return self._programs[program]
 
     def x(self, row: int, position: int) -> DeviceArray:
@@ -90,5 +90,6 @@ class Buffers:
     def close(self) -> None:
         """Give everything back, once the device is done with it."""
         self._place.device.synchronise(self._place.stream)
-        self._programs.clear()
+        while self._programs:
+            self._programs.popitem()[1].close()
         self._memory.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rt.backends import DeviceEngine
-from rt.cuda import DeviceArray, Graph, capture
+from rt.cuda import Graph, capture
 from rt.cuda.formats import Array, decode
 from rt.cuda.memory import Memory
 from rt.device_loop.kernels import LoopKernels
@@ -28,7 +28,7 @@ class Decoder:
     def __init__(self, engine: DeviceEngine, place: Place, kernels: LoopKernels, batch: int) -> None:
         self._engine, self._place, self._kernels = engine, place, kernels
         self._input, self._output = engine.inputs["latents"], engine.outputs["image"]
-        self._graphs: dict[int, Graph] = {}
+        self._graph: Graph | None = None
         self._memory = memory = Memory(place.device, place.stream)
         self._images: Array | None = None
         try:
@@ -72,26 +72,22 @@ class Decoder:
         return [self._images[row] for row in range(count)]
 
     def values(self, image: Array) -> Array:
-        """Float32 of what `decode` gave."""
-        return decode(image, self._output.dtype).astype(np.float32, copy=False)
+        """Float32 of what `decode` gave, a copy."""
+        return decode(image, self._output.dtype).astype(np.float32)
 
     def close(self) -> None:
-        """Give memory and graphs back, once the device is done with them."""
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
+        """Give memory and graph back, once the device is done with them."""
+        if self._graph is not None:
+            self._graph.close()
+            self._graph = None
         self._place.device.synchronise(self._place.stream)
         self._memory.close()
 
     def _decode(self, row: int) -> None:
+        """Enqueue the decoder for one row; its graph is the same for all of them."""
         device, stream = self._place.device, self._place.stream
-        source = DeviceArray(self.latents[row].pointer, self._input.shape, self._input.dtype)
-
-        def work() -> None:
-            device.copy(self._input, source, stream)
-            self._engine.enqueue(stream)
-
-        if row not in self._graphs:
-            self._engine.enqueue(stream)  # see `StepGraphs`
-            self._graphs[row] = capture(device, stream, work)
-        self._graphs[row].launch(stream)
+        if self._graph is None:
+            self._engine.enqueue(stream)  # see `DeviceStep`
+            self._graph = capture(device, stream, lambda: self._engine.enqueue(stream))
+        device.copy(self._input, self.latents[row].reshape(*self._input.shape), stream)
+        self._graph.launch(stream)

@@ -40,8 +40,7 @@ class StepGraphs:
             parts = []
             for before, step in zip([None, *steps[:-1]], steps, strict=True):
                 parts += self.of(before, step, rescaled=rescaled)
-            if self._whole is not None:
-                self._whole[1].close()
+            self._forget_whole()  # before the next: there may not be room for both
             self._whole = key, self._device.chain(parts)
         return self._whole[1]
 
@@ -50,9 +49,12 @@ class StepGraphs:
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
+        self._forget_whole()
+
+    def _forget_whole(self) -> None:
         if self._whole is not None:
-            self._whole[1].close()
-            self._whole = None
+            (_, graph), self._whole = self._whole, None
+            graph.close()
 
     def _step(self, program: StepProgram, *, rescaled: bool) -> Graph:
         """Time features, network, guidance and sampler; the position of each row is read on the device."""
@@ -89,8 +91,6 @@ class StepGraphs:
                 buffers.factor.array,
             )
             after.insert(0, rescale)
-        # An engine may allocate and choose its kernels at its first call, which a capture forbids.
-        unet.engine.enqueue(self._stream)
 
         def work() -> None:
             for launch in before:

@@ -34,6 +34,7 @@ class Run:
     Args:
         rows: What to draw.
         shape: Of their latents (C, h, w).
+        done: An event to wait with, so that the host sleeps: waiting for a stream may spin.
 
     Attributes:
         rows: As given.
@@ -52,11 +53,12 @@ class Run:
         kernels: LoopKernels,
         rows: Sequence[Row],
         shape: tuple[int, ...],
+        done: Event,
     ) -> None:
         self.rows, self.calls = rows, 0
         self.progress = [RowProgress(self, index, row.schedule) for index, row in enumerate(rows)]
         self._engines, self._place, self._buffers = engines, place, buffers
-        self._graphs, self._kernels, self._shape = graphs, kernels, shape
+        self._graphs, self._kernels, self._shape, self._done = graphs, kernels, shape, done
         self._guided = all_guided(rows)
         self._steps = plan([row.schedule for row in rows], guided=self._guided)
         self._rescaled = self._guided and any(row.guidance_rescale for row in rows)
@@ -116,7 +118,7 @@ class Run:
         """
         broken_at = self._buffers.broken
         broken_at.fetch()
-        self._place.device.synchronise(self._place.stream)
+        self._wait()
         faults = [(int(step), row) for row, step in enumerate(broken_at.host[: len(self.rows)]) if step]
         if not faults:
             return
@@ -131,11 +133,11 @@ class Run:
         raise broken(self.rows[row].schedule, step - 1)
 
     def latents(self) -> list[Float32]:
-        """Of each row (C, h, w), as views; waits, and raises as `finish`."""
+        """Of each row (C, h, w), copies; waits, and raises as `finish`."""
         for progress in self.progress:
             self._fetch_latents(progress)
         self.finish()
-        return [self._staged(progress.row) for progress in self.progress]
+        return [self._staged(progress.row).copy() for progress in self.progress]
 
     def read(self, progress: RowProgress) -> Float32:
         """Of one row, a copy; waits, and raises as `finish`."""
@@ -146,14 +148,18 @@ class Run:
 
     def replace(self, progress: RowProgress, values: Float32) -> None:
         """Put other latents in the place of a row's, and of what the network is to see next; waits."""
-        device, stream = self._place.device, self._place.stream
-        device.synchronise(stream)
+        self._wait()
         np.copyto(self._staged(progress.row), values)
         self._send_latents(progress.row, progress.position)
         if progress.program is not None and progress.position < len(progress.schedule):
             seen = values * progress.schedule.c_in[progress.position]
             self._buffers.step(progress.program).write_latents(progress.row, seen)
-        device.synchronise(stream)
+        self._wait()
+
+    def _wait(self) -> None:
+        device = self._place.device
+        device.record(self._done, self._place.stream)
+        device.wait(self._done)
 
     def _write_tables(self) -> None:
         buffers = self._buffers
@@ -247,7 +253,7 @@ class RowProgress:
     Attributes:
         row: Its index.
         schedule: That it follows.
-        position: Steps enqueued.
+        position: Steps enqueued; `latents` waits for the last of them.
         program: Of the last one.
     """
 

@@ -49,31 +49,62 @@ class TimeFeatures:
 class DeviceStep:
     """A step with or without guidance, full or shallow; rows of a buffer as in `rt.step.Step`.
 
+    Its engine has run once, so that it can be captured.
+
+    Args:
+        engine: The program.
+        place: Where it runs.
+        steps: Of the longest schedule.
+
     Attributes:
         engine: The program.
         latents: (B, C, h, w), its input.
         prediction: (B or 2B, C, h, w), its output.
-        times: Everything that changes with the timestep.
+        times: Everything that changes with the timestep, a launch each. How many there are is decided by whoever
+            allocated the inputs of the engine: one where they are `rt.cuda.memory.side_by_side`, as many as there
+            are inputs, 22 in SD 1.5, where each was allocated by itself.
     """
 
-    def __init__(self, engine: DeviceEngine, place: Place, memory: Memory, steps: int) -> None:
+    def __init__(self, engine: DeviceEngine, place: Place, steps: int) -> None:
         self.engine = engine
         self._device, self._stream = place.device, place.stream
+        self._memory = memory = Memory(place.device, place.stream)
         self.latents, self.prediction = engine.inputs["latents"], engine.outputs["prediction"]
         self._contexts = {k: array for k, array in engine.inputs.items() if k.startswith("context_")}
         times = {k: array for k, array in engine.inputs.items() if k.startswith("time_")}
-        self.times = [self._features(group, memory, steps) for group in _adjacent(times)]
-        self._surroundings = {
-            name: memory.pinned(engine.inputs[name].shape, engine.inputs[name].dtype)
-            for name in ("mask", "around")
-            if name in engine.inputs
-        }
-        self._steered = memory.pinned(self.latents.shape[1:], self.latents.dtype)
-        for array in engine.inputs.values():
-            place.device.clear(array, place.stream)  # rows may stay without a picture
+        try:
+            self.times = [self._features(group, memory, steps) for group in _adjacent(times)]
+            self._surroundings = {
+                name: memory.pinned(engine.inputs[name].shape, engine.inputs[name].dtype)
+                for name in ("mask", "around")
+                if name in engine.inputs
+            }
+            self._steered = memory.pinned(self.latents.shape[1:], self.latents.dtype)
+            for array in engine.inputs.values():
+                place.device.clear(array, place.stream)  # rows may stay without a picture
+            # An engine may allocate and choose its kernels at its first call, which a capture forbids.
+            engine.enqueue(place.stream)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give back what is not the engine's, once the device is done with it."""
+        self._device.synchronise(self._stream)
+        self._memory.close()
 
     def take_context(self, picture: int, side: int, outputs: Mapping[str, DeviceArray]) -> None:
-        """Copy what the text of a picture's side (0 for the first, or -1 for the last) gave, without a batch."""
+        """Copy what one text of a picture gave, whose arrays have a batch of one.
+
+        Args:
+            picture: Row of the batch.
+            side: Which of the picture's sides that text is, of those that the program has: 0 for the first, the
+                unconditional one under guidance, 1 for the second.
+            outputs: Of the context engine, by name.
+
+        Raises:
+            BackendError: The two engines were built for different formats.
+        """
         for name, array in self._contexts.items():
             sided = range(picture, len(array), len(self.latents))
             source = outputs[name][0]

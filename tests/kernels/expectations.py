@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rt.kernel_image import KernelImage
+from rt.expression import evaluate
+from rt.kernel_image import KernelImage, integers
+from rt.kernels import registry
 from rt.kernels.c_table import LibraryImage
 
 INT32_MAX = 2**31 - 1
@@ -33,6 +35,8 @@ def expected(image: KernelImage, sizes: dict[str, int]) -> tuple[str, tuple[int,
         return "RT_BAD_SIZE", (0,), [0]
     grid, scalars = image.launch_grid(sizes), image.scalar_values(sizes)
     fits = all(1 <= blocks <= most for blocks, most in zip(grid, GRID_LIMITS, strict=True))
+    names = {**integers(image.constants), **sizes}
+    fits &= all(evaluate(text, names) <= INT32_MAX for text in registry.spec(image.kernel).bounds)
     if not fits or any(not -INT32_MAX - 1 <= value <= INT32_MAX for value in scalars):
         return "RT_BAD_SIZE", (0,), [0]
     return "RT_OK", grid, scalars or [0]

@@ -6,6 +6,8 @@ import _ctypes
 import ctypes
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +224,41 @@ def spec(**changes: Any) -> KernelSpec:
         "budget": Budget(registers=32, shared_bytes=0),
     }
     return KernelSpec(**{**good, **changes})
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+@pytest.mark.parametrize(
+    ("bounds", "count", "fits"),
+    [
+        ((), 2**31 - 1, True),
+        (("4 * count",), 2**29 - 1, True),
+        (("4 * count",), 2**29, False),
+        (("count", "count * BLOCK"), 2**21 - 1, True),
+        (("count * BLOCK", "count"), 2**21, False),
+        (("count * count * count",), 2**31 - 1, False),  # beyond 64 bits
+    ],
+)
+def test_what_a_kernel_cannot_count_is_refused(
+    tmp_path: Path, bounds: tuple[str, ...], count: int, fits: bool
+) -> None:
+    """The function that the library asks before a launch, compiled by itself."""
+    plan = c_table._Operator.of(spec(bounds=bounds)).plan()
+    lines = [
+        '#include "formula.h"',
+        '#include "table.h"',
+        *plan,
+        "bool asked(int64_t count, double block) {",
+        '  const rt_constant constants[] = {{"BLOCK", block, 0}};',
+        "  int64_t grid[3];",
+        "  return plan_double(&count, constants, 0, grid);",
+        "}",
+    ]
+    (tmp_path / "plan.c").write_text("\n".join([*lines, ""]))
+    command = ["cc", "-shared", "-fPIC", "-fvisibility=default", f"-I{HEADERS}", "plan.c", "-o", "plan.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    asked = ctypes.CDLL(str(tmp_path / "plan.so")).asked
+    asked.restype, asked.argtypes = ctypes.c_bool, [ctypes.c_int64, ctypes.c_double]
+    assert asked(count, 1024) is fits
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ class FakeDriver:
         if name == "cuDeviceGetCount":
             return success, 1
         if name == "cuDeviceGetName":
-            return success, b"A GPU\0" + bytes(arguments[0] - 6)
+            return success, b"A GPU\0".ljust(arguments[0])  # whatever is behind the end is left over
         if name == "cuDeviceGetAttribute":
             return success, 9 if arguments[0].name.endswith("MAJOR") else 0
         if name == "cuMemHostAlloc":

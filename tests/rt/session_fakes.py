@@ -121,8 +121,10 @@ class FakeDecoder:
         self.inputs = {"latents": np.full((1, *SHAPE), np.nan, np.float32)}
         self.outputs = {"image": np.full((1, PROFILE.height, PROFILE.width, 3), np.nan, np.float32)}
         self.poisoned = False
+        self.calls = 0
 
     def enqueue(self) -> None:
+        self.calls += 1
         large = self.inputs["latents"][0, :3].repeat(8, axis=1).repeat(8, axis=2)
         self.outputs["image"][0] = np.moveaxis(large, 0, -1) / 2
         if self.poisoned:

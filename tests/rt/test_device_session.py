@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,12 @@ from rt.device_session import AHEAD, FEWEST_STEPS, DeviceSession, GraphMode
 from rt.engines import Place
 from rt.errors import ConfigError, NumericsError
 from rt.inpainting import Inpainting
+from rt.model import Component
 from rt.noise import Generator
 from rt.session import Session
 from rt.trajectory import Trajectory
 
-from .device_fakes import DeviceEngines, host_device, library
+from .device_fakes import SPECS, DeviceEngines, host_device, library
 from .session_fakes import (
     BATCH,
     POOLED,
@@ -196,7 +198,7 @@ def test_between_the_first_launch_and_the_last_the_host_does_not_wait(device, se
         assert "download" not in called[called.index("graph") :]
     assert "begin_capture" not in called and not {"allocate", "pinned", "free"} & set(called)
     # From the first upload of this run on; what is before is time features, once a schedule.
-    assert "synchronise" not in called[called.index("clear") :]
+    assert not WAITS & set(called[called.index("clear") :])
 
 
 def test_from_noise_to_pixels_the_host_waits_once(device, session, rng):
@@ -207,9 +209,9 @@ def test_from_noise_to_pixels_the_host_waits_once(device, session, rng):
         pixels = list(session.pixels())
     called = names(device)
     loop = called[called.index("clear") :]
-    assert loop.count("synchronise") == 1 and loop[-1] == "synchronise"
+    assert loop.count("wait") == 1 and loop[-2:] == ["record", "wait"], "an event, which lets the host sleep"
     assert loop.count("download") == 3, "pixels, and two flags"
-    assert not WAITS - {"synchronise", "download"} & set(loop)
+    assert (WAITS & set(loop)) == {"wait", "download"}
     on_host = Session(FakeEngines(), SPEC, PROFILE)  # type: ignore[arg-type]
     on_host.run([make() for make in makes])
     for got, expected in zip(pixels, on_host.pixels(), strict=True):
@@ -401,6 +403,98 @@ def test_memory_that_is_full_is_given_back(engines, tmp_path, rng):
     assert device.allocated == 0
 
 
+def test_a_chain_that_fails_once(device, make_session, rng, monkeypatch):
+    """The graph of the run before is gone by then, and must not be taken for this one's or its own."""
+    session = make_session(FakeEngines(), GraphMode.LOOP)
+    make = recipes(rng, guided=True)[0]
+    row = lambda steps: replace(make(), schedule=schedule_of("euler", steps))  # noqa: E731
+    session.denoise([row(4)])
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "chain", lambda graphs: (_ for _ in ()).throw(MemoryError("full")))
+        with pytest.raises(MemoryError, match="full"):
+            session.denoise([row(6)])
+    for steps in (4, 6):
+        assert_same(session.denoise([row(steps)]), host([row(steps)]))
+
+
+@pytest.mark.parametrize("fails", ["pinned", "enqueue"])
+def test_a_program_that_fails_leaves_nothing_behind(device, engines, make_session, rng, monkeypatch, fails):
+    """Its table and its page-locked memory were allocated before."""
+    session = make_session(engines)
+    plain, guided = recipes(rng, guided=False)[0], recipes(rng, guided=True)[0]
+    noisy = lambda make: replace(make(), schedule=schedule_of("euler-a", 3))  # noqa: E731
+    session.denoise([noisy(plain)])
+    on_device = session._engines.on_device(Component.UNET, PROFILE, guided=True)
+    pinned = device.pinned
+
+    def full(shape, *_):
+        if tuple(shape) == SHAPE:  # the last of a program
+            raise MemoryError("full")
+        return pinned(shape, *_)
+
+    def refuse(stream):
+        raise MemoryError("full")
+
+    used = []
+    with monkeypatch.context() as patched:
+        target, fake = (device, full) if fails == "pinned" else (on_device, refuse)
+        patched.setattr(target, fails, fake)
+        for _ in range(3):
+            with pytest.raises(MemoryError, match="full"):
+                session.denoise([noisy(guided)])
+            used.append((device.allocated, device.in_use))
+    assert len({*used}) == 1
+    assert_same(session.denoise([noisy(guided)]), host([noisy(guided)]))
+
+
+def test_an_engine_is_warmed_up_once(engines, session, rng):
+    """Though there is a graph with rescaled guidance and one without, and one decoder for all rows."""
+    makes = recipes(rng, guided=True)
+    for rescale in (0.0, 0.7):
+        rows = [
+            replace(m(), schedule=schedule_of("euler", 3), guidance_rescale=rescale, latents=None)
+            for m in makes
+        ]
+        session.run(rows)
+        list(session.pixels())
+    assert engines.loaded[True].calls == 1 + 3 + 3
+    assert engines.decoder.calls == 1 + 2 * len(makes)
+
+
+def test_a_decoder_is_captured_once(device, session, rng):
+    makes = recipes(rng, guided=True)
+    session.run([make() for make in makes])
+    device.calls = []
+    list(session.pixels())
+    assert names(device).count("begin_capture") == 1 and names(device).count("graph") == len(makes)
+
+
+def test_any_thread_may_own_a_session(device, engines, tmp_path, rng):
+    """The device was made in this one. Each call has a thread of its own here, so that each must activate it."""
+
+    def elsewhere(work):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    on_device: Any = DeviceEngines(engines.get, device)
+    kernels = library(device, tmp_path)
+    session = elsewhere(lambda: DeviceSession(on_device, kernels, SPEC, PROFILE))
+    make = recipes(rng, guided=True)[0]
+    elsewhere(lambda: session.run([make()]))
+    assert_same(elsewhere(session.latents), host([make()]))
+    assert len(elsewhere(lambda: [*session.images(), *session.pixels()])) == 2
+    elsewhere(session.close)
+
+
+def test_results_outlive_the_session(device, session, rng):
+    """Page-locked memory is gone then, and another owner may write into it."""
+    session.run([recipes(rng, guided=True)[0]()])
+    results = [*session.latents(), *session.images(), *session.pixels()]
+    pinned = [*device._pinned.values()]
+    session.close()
+    assert pinned and not any(np.shares_memory(one, other) for one in results for other in pinned)
+
+
 class OnCuda:
     """Engines that do nothing but launch a memset, with the buffers of `FakeEngines`, on a CUDA device."""
 
@@ -433,7 +527,7 @@ def test_what_the_driver_is_asked_for(driver, rng, tmp_path):
     makes = [lambda m=m: replace(m(), guidance_rescale=0.7) for m in recipes(rng, guided=True)]
     steps = max(len(make().schedule) for make in makes)
     with DeviceSession(on_cuda, library(gpu, tmp_path), SPEC, PROFILE) as session:
-        for _ in range(2):
+        for first in (True, False):
             driver.calls.clear()
             session.run([make() for make in makes])
             called = [name for name, _ in driver.calls]
@@ -441,14 +535,16 @@ def test_what_the_driver_is_asked_for(driver, rng, tmp_path):
             assert loop.count("cuGraphLaunch") == steps
             assert set(loop) == {"cuGraphLaunch", "cuMemcpyHtoDAsync"}
             list(session.pixels())
+            if first:
+                assert len(driver.named("cuModuleLoadData")) == len(SPECS), "each kernel once, in one format"
         assert not {"cuMemAlloc", "cuStreamBeginCapture", "cuModuleLoadData"} & {n for n, _ in driver.calls}
-        assert [name for name, _ in driver.calls][len(called) :].count("cuStreamSynchronize") == 1
-    loaded = [cubin for (cubin,) in driver.named("cuModuleLoadData")]
-    assert loaded == []
+        end = [name for name, _ in driver.calls][len(called) :]
+        assert end.count("cuEventSynchronize") == 1 and "cuStreamSynchronize" not in end
     assert len(driver.named("cuMemFree")) > 5 and driver.named("cuGraphExecDestroy")
 
 
-def test_a_captured_step_is_four_launches_around_the_network(driver, rng, tmp_path):
+def test_a_captured_step_is_three_kernels_and_the_network(driver, rng, tmp_path):
+    """The network here is a memset."""
     gpu = CudaDevice()
     on_cuda: Any = OnCuda(FakeEngines(), gpu)
     row = replace(recipes(rng, guided=True)[0](), guidance_rescale=0.7, schedule=schedule_of("euler", 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -146,6 +148,46 @@ def test_mistakes_that_a_gpu_would_not_report(device, stream):
     device.synchronise(stream)
     device.free(array)
     device.destroy_stream(stream)
+
+
+def in_another_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_a_thread_activates_the_device_first(device, stream):
+    """As a context of CUDA, which is current in the thread that made it and in those that ask for it."""
+    array, pinned, event = (
+        device.allocate((2,), "float32"),
+        device.pinned((2,), "float32"),
+        device.create_event(),
+    )
+    calls = {
+        "allocate": lambda: device.allocate((2,), "float32"),
+        "free": lambda: device.free(array),
+        "pinned": lambda: device.pinned((2,), "float32"),
+        "unpin": lambda: device.unpin(pinned),
+        "create_stream": device.create_stream,
+        "destroy_stream": lambda: device.destroy_stream(stream),
+        "upload": lambda: device.upload(array, pinned, stream),
+        "clear": lambda: device.clear(array, stream),
+        "create_event": device.create_event,
+        "destroy_event": lambda: device.destroy_event(event),
+        "record": lambda: device.record(event, stream),
+        "wait": lambda: device.wait(event),
+        "synchronise": lambda: device.synchronise(stream),
+        "begin_capture": lambda: device.begin_capture(stream),
+        "end_capture": lambda: device.end_capture(stream),
+        "chain": lambda: device.chain([]),
+        "close": device.close,
+    }
+    before = device.in_use
+    for name, call in calls.items():
+        with pytest.raises(BackendError, match=f"^{name} in a thread that has not activated the device$"):
+            in_another_thread(call)
+    assert device.in_use == before
+    in_another_thread(lambda: (device.activate(), device.allocate((2,), "float32")))
+    assert device.in_use == before + 1
 
 
 def test_memory_that_is_full():

@@ -146,10 +146,23 @@ def test_graphs(gpu, driver):
     assert len(driver.named("cuGraphExecDestroy")) == len(driver.named("cuGraphDestroy")) == 2
 
 
-def test_a_capture_that_the_driver_broke_off_keeps_the_first_error(gpu, driver):
+@pytest.mark.parametrize("function", ["cuGraphInstantiate", "cuGraphAddChildGraphNode"])
+def test_a_graph_that_cannot_be_made_is_destroyed(gpu, driver, function):
+    stream = gpu.create_stream()
+    part = capture(gpu, stream, lambda: None)
+    driver.failing[function] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    driver.calls.clear()
+    with pytest.raises(MemoryError, match=function):
+        gpu.chain([part])
+    assert len(driver.named("cuGraphDestroy")) == len(driver.named("cuGraphCreate")) == 1
+    assert driver.named("cuGraphDestroy") != [(part.handle,)]
+
+
+@pytest.mark.parametrize("second", [CUresult.CUDA_ERROR_INVALID_VALUE, CUresult.CUDA_ERROR_OUT_OF_MEMORY])
+def test_a_capture_that_the_driver_broke_off_keeps_the_first_error(gpu, driver, second):
     stream, array = gpu.create_stream(), gpu.allocate((1,), "float32")
-    for name in ("cuMemsetD8Async", "cuStreamEndCapture"):
-        driver.failing[name] = CUresult.CUDA_ERROR_INVALID_VALUE
+    driver.failing["cuMemsetD8Async"] = CUresult.CUDA_ERROR_INVALID_VALUE
+    driver.failing["cuStreamEndCapture"] = second
     with pytest.raises(BackendError, match="cuMemsetD8Async failed"):
         capture(gpu, stream, lambda: gpu.clear(array, stream))
 
