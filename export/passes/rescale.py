@@ -76,7 +76,7 @@ def _scales(module: fx.GraphModule, seen: Observation, largest: float) -> dict[f
             if all(_is_parameter(argument) for argument in node.args[1:3]):
                 groups.join(node)
             else:
-                groups.pin(node, node.args[0])
+                groups.pin(node, *node.all_input_nodes)
         elif node.op == "call_function" and node.target in _NORMS:
             groups.pin(node)
         elif node.op == "call_function" and _is_linear(node):
