@@ -593,6 +593,36 @@ def test_rescale_touches_nothing_where_a_scale_cannot_pass() -> None:
     assert after is before.module and after.code == code
 
 
+class Faint(nn.Module):
+    """A stream beyond fp16 to which a layer with weights of size `weight` adds."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.rise, self.add, self.norm = nn.Linear(32, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+        with torch.no_grad():
+            self.rise.weight.mul_(3e5)
+            self.add.weight.normal_(std=weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.norm(self.rise(x) + self.add(x)),)
+
+
+@pytest.mark.parametrize(("weight", "scaled"), [(3e-2, True), (3e-4, False)])
+def test_rescale_leaves_weights_that_would_lose_their_digits(weight: float, scaled: bool) -> None:
+    before = program(Faint(weight), x=torch.randn(32, 32))
+    seen = observe(before, torch.float16)
+    after = rescale(before.module, seen, in_range(torch.float16))
+    assert (after is not before.module) == scaled
+    if scaled:
+        for name, tensor in after.named_parameters():
+            if name.startswith("rescaled") and tensor.dim() == 2:
+                assert (tensor.half() - tensor).norm() < 2**-11 * tensor.norm()
+    module, islands = cast(after, DType.FP16, observe(replace(before, module=after), torch.float16))
+    assert any("reach" in island for island in islands) != scaled
+    expected = torch.from_numpy(seen.outputs["y"])
+    assert (module(**before.inputs)[0] - expected).norm() < 5e-3 * expected.norm()
+
+
 def test_rescale_touches_nothing_that_is_in_range() -> None:
     before = program(Stream(), x=torch.randn(2, 4, 8, 8) * 0)
     assert rescale(before.module, observe(before), 1e9) is before.module
