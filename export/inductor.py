@@ -345,8 +345,8 @@ def _quiet() -> Iterator[None]:
 
 WRITERS: Mapping[str, Writer] = {
     InductorCpu.name: Writer(
-        check=_check_cpu, compile=partial(compile_for, "cpu", InductorCpu.form), fused=True
+        check=_check_cpu, compile=partial(compile_for, "cpu", InductorCpu.form), fuses=True
     ),
-    Inductor.name: Writer(check=_check_gpu, compile=partial(compile_for, "cuda", Inductor.form), fused=True),
+    Inductor.name: Writer(check=_check_gpu, compile=partial(compile_for, "cuda", Inductor.form), fuses=True),
 }
 """By the name of the backend."""

@@ -92,7 +92,7 @@ def _capability() -> int:
 
 
 WRITERS: Mapping[str, Writer] = {
-    CLASSIC.name: Writer(check=partial(_check, CLASSIC), write=_classic, fused=True),
+    CLASSIC.name: Writer(check=partial(_check, CLASSIC), write=_classic, reads_fused=True),
     RTX.name: Writer(check=partial(_check, RTX), write=_rtx),
 }
 """By the name of the backend."""

@@ -326,6 +326,28 @@ def test_two_packages_of_a_program_are_equal(program, package, tmp_path):
     assert (tmp_path / "engines" / package.name).read_bytes() == package.read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [DType.FP16, DType.BF16])
+def test_it_compiles_the_fused_program_which_is_lowered_for_our_kernels_alone(
+    write_folder, tmp_path, monkeypatch, dtype
+):
+    compiled = {}
+
+    def compile(program, module, weights, request):
+        compiled[program.component] = {node.target for node in program.module.graph.nodes}
+        return {}
+
+    writer = replace(WRITERS["inductor-cpu"], compile=compile)
+    monkeypatch.setattr("rt.export.build.writer", lambda backend: writer)
+    monkeypatch.setattr("rt.export.build._verified", lambda record, stage, backend: record)
+    write_folder(tmp_path / "model", SMALL)
+    config = BuildConfig(profiles=(ShapeProfile(16, 16),), backend="inductor-cpu", dtype=dtype)
+    bundle = build(open_checkpoint(str(tmp_path / "model")), tmp_path / "bundle", config, quiet=True)
+    for record in bundle.manifest.engines:
+        fused = ops.group_norm.default in compiled[record.component]
+        assert fused == (record.component in (Component.UNET, Component.VAE_DECODER, Component.VAE_ENCODER))
+        assert [*record.forms] == ["onnx", *["fused.onnx"] * (fused and dtype is DType.BF16)]
+
+
 @pytest.mark.slow
 def test_the_cache_of_a_user_is_kept_and_not_named(program, tmp_path, monkeypatch):
     cache = tmp_path / "a-private-cache"
