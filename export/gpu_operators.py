@@ -32,13 +32,15 @@ def gpu_operators() -> Mapping[Any, Callable[..., Tensor]]:
 def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: float) -> Tensor:
     """See `rt.export.operators`; the tensor cores multiply e4m3, and sum as fast as they can."""
     rows = (x.reshape(-1, x.shape[-1]).float() / x_scale).clamp(-E4M3, E4M3).to(weight.dtype)
-    scales = [torch.full((), scale, device=x.device) for scale in (x_scale, weight_scale)]
+    first, second = (torch.full((), scale, device=x.device) for scale in (x_scale, weight_scale))
     offset = None if bias is None else bias.to(x.dtype)
-    within = (
-        None if x.dtype is torch.float32 else offset
-    )  # cuBLAS adds it to a result in half precision alone
-    y = torch._scaled_mm(rows, weight.t(), *scales, bias=within, out_dtype=x.dtype, use_fast_accum=x.is_cuda)
-    y = y if within is offset else y + offset
+    # cuBLAS adds it to a result in half precision alone.
+    within = None if x.dtype is torch.float32 else offset
+    y = torch._scaled_mm(
+        rows, weight.t(), first, second, bias=within, out_dtype=x.dtype, use_fast_accum=x.is_cuda
+    )
+    if offset is not None and within is None:
+        y = y + offset
     return y.reshape(*x.shape[:-1], -1)
 
 

@@ -120,8 +120,9 @@ def _cuda_home() -> Path | None:
     from torch.utils import cpp_extension
 
     packages = sorted((Path(str(torch.__file__)).parents[1] / "nvidia").glob("cu*"))
-    homes = [*filter(None, [cpp_extension.CUDA_HOME]), *packages]
-    return next((Path(home) for home in homes if Path(home, "include/cuda_runtime_api.h").is_file()), None)
+    toolkit = cpp_extension.CUDA_HOME
+    homes = packages if toolkit is None else [Path(toolkit), *packages]
+    return next((home for home in homes if (home / "include/cuda_runtime_api.h").is_file()), None)
 
 
 def compile_for(

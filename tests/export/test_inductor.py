@@ -326,6 +326,7 @@ def test_two_packages_of_a_program_are_equal(program, package, tmp_path):
     assert (tmp_path / "engines" / package.name).read_bytes() == package.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [DType.FP16, DType.BF16])
 def test_it_compiles_the_fused_program_which_is_lowered_for_our_kernels_alone(
     write_folder, tmp_path, monkeypatch, dtype
