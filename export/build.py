@@ -71,6 +71,8 @@ _VERSIONED = (
 )
 # Programs with pixels, where the fused operators are.
 _PICTURES = (Component.UNET, Component.UNET_SHALLOW, Component.VAE_ENCODER, Component.VAE_DECODER)
+_NATIVE = (DType.BF16, DType.INT8)
+"""The formats of our CPU kernels."""
 BITS: Mapping[DType, Bits] = {DType.INT8: INT8, DType.FP8: FP8}
 """The formats in which products are calibrated."""
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "OFL*")
@@ -250,14 +252,15 @@ def _lower_all(
                 computing, islands = _in_format(program, dtype, seen, calibration)
                 lower(program, computing, store, stage / file)
             forms = {Form.ONNX.value: file}
-            if program.component in _PICTURES and dtype in _fused_formats(backend):
+            if program.component in _PICTURES and _fuses(backend, dtype):
                 with _step(bar, f"{program.name}: fuse"):
                     program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
                     if islands and half is torch.float16:  # its nodes have other names, and none may overflow
                         seen = observe(program, half)
-                    forms[Form.FUSED.value] = f"engines/{program.name}.{Form.FUSED.value}"
                     computing = _fused(program.module, dtype, seen, calibration)
-                    lower(program, computing, store, stage / forms[Form.FUSED.value])
+                    if _lowers_fused(backend, dtype):
+                        forms[Form.FUSED.value] = f"engines/{program.name}.{Form.FUSED.value}"
+                        lower(program, computing, store, stage / forms[Form.FUSED.value])
             if (further := writer(backend)) is not None and further.compile is not None:
                 with _step(bar, f"{program.name}: compile"):
                     compiled = further.compile(program, computing, store, request)
@@ -296,11 +299,16 @@ def _in_format(
     return half, (*kept, *islands)
 
 
-def _fused_formats(backend: Backend) -> set[DType]:
-    """In which a fused graph is written: those that our CPU kernels compute, and what else the backend makes of one."""
+def _lowers_fused(backend: Backend, dtype: DType) -> bool:
+    """Whether something runs a fused graph in this format: our CPU kernels, or what the backend makes of it."""
     further = writer(backend)
-    more = {DType.FP16, DType.FP8} if further is not None and further.fused else set()
-    return {DType.BF16, DType.INT8, *more}
+    return dtype in _NATIVE or (dtype in HALF and further is not None and further.reads_fused)
+
+
+def _fuses(backend: Backend, dtype: DType) -> bool:
+    """Whether anything takes a program fused: see `_lowers_fused`, or the backend compiles it."""
+    further = writer(backend)
+    return _lowers_fused(backend, dtype) or (dtype in HALF and further is not None and further.fuses)
 
 
 def _fused(
@@ -337,7 +345,7 @@ def _steps(checkpoint: Checkpoint, config: BuildConfig, backend: Backend) -> int
     )
     steps = 2 * len(config.profiles) * (2 if config.step_cache else 1)
     programs = len(checkpoint.spec.text_encoders) + 2 + steps + halves * len(sizes)
-    fused = (steps + halves * len(sizes)) if config.dtype in _fused_formats(backend) else 0
+    fused = (steps + halves * len(sizes)) if _fuses(backend, config.dtype) else 0
     a_program = 3 if writer(backend) is None else 4
     calibrations = config.dtype in BITS
     return len(checkpoint.components) + a_program * programs + fused + calibrations + 2

@@ -40,14 +40,16 @@ class Writer:
         compile: A program, the module that computes it in its final precision, and the file of its component's
             weights → paths of the forms that it wrote into the stage.
         write: The same from a lowered program, when torch's weights are gone.
-        fused: Whether it reads `Form.FUSED`, which is then lowered in every half precision; `compile` gets the same
-            program, channels last and with the operators of `rt.export.operators`.
+        fuses: Whether `compile` gets programs with pixels in half precision channels last and with the operators of
+            `rt.export.operators`.
+        reads_fused: Whether `write` reads such a program lowered, `Form.FUSED`.
     """
 
     check: Callable[[Request], None]
     compile: Callable[[Program, nn.Module, WeightFile, Request], Mapping[Form, str]] | None = None
     write: Callable[[EngineRecord, Request], Mapping[Form, str]] | None = None
-    fused: bool = False
+    fuses: bool = False
+    reads_fused: bool = False
 
 
 def writer(backend: Backend) -> Writer | None:

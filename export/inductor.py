@@ -6,15 +6,20 @@ Weights stay in the file of the component, untransformed: without freezing, indu
 as a transposed view, so ONNX graphs and packages share its bytes. Filters are channels last in memory, and so are
 moved when a package loads; the file has them once. The compiler folds no tensor of a size that would matter.
 
+A build that was killed goes on where it was if TORCHINDUCTOR_CACHE_DIR names a folder, in which inductor then works.
+
 On a processor each operator `rt::…` is compiled from its reference; on a GPU some are our Triton kernels, see
 `rt.export.gpu_operators`.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from rt.backends import Form
 from rt.backends.inductor import ABOUT, About, Inductor, InductorCpu, Weight
@@ -62,15 +68,7 @@ _PROCESSOR_NAMES = {
 
 def _check_cpu(request: Request) -> None:
     """Raises BackendUnavailableError without a compiler, ConfigError where torch cannot name its instructions."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
-        raise BackendUnavailableError(
-            "inductor compiles C++, and there is no compiler; install g++ 10 or later, or set CXX to one"
-        ) from error
+    _check_compiler()
     if "cpp.march" not in _known_options():
         raise ConfigError(
             f"torch {torch.__version__} compiles for its own processor alone; "
@@ -79,7 +77,10 @@ def _check_cpu(request: Request) -> None:
 
 
 def _check_gpu(request: Request) -> None:
-    """Raises ConfigError without a GPU that has what is asked for: inductor compiles on the one that will run."""
+    """Raises ConfigError without a GPU that has what is asked for: inductor compiles on the one that will run.
+
+    And BackendUnavailableError without a compiler or CUDA's headers.
+    """
     if not torch.cuda.is_available():
         raise ConfigError(
             "inductor compiles kernels on the GPU that will run them, and torch finds none; "
@@ -89,6 +90,39 @@ def _check_gpu(request: Request) -> None:
         raise ConfigError(
             f"--fp8 needs compute capability 8.9, and this GPU has {'.'.join(map(str, _capability()))}; use --fp16"
         )
+    _check_compiler()
+    if _cuda_home() is None:
+        raise BackendUnavailableError(
+            "inductor compiles C++ with CUDA's headers, and there is no cuda_runtime_api.h; "
+            "install the CUDA toolkit, or set CUDA_HOME to one"
+        )
+
+
+def _check_compiler() -> None:
+    """Raises BackendUnavailableError without g++ and binutils."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        raise BackendUnavailableError(
+            "inductor compiles C++, and there is no compiler; install g++ 10 or later, or set CXX to one"
+        ) from error
+    if shutil.which("strip") is None:
+        raise BackendUnavailableError(
+            "a package of inductor is cleaned with strip, and there is none; install binutils"
+        )
+
+
+def _cuda_home() -> Path | None:
+    """The folder of CUDA whose `include` has the headers: a toolkit, or what torch's own packages bring."""
+    from torch.utils import cpp_extension
+
+    packages = sorted((Path(str(torch.__file__)).parents[1] / "nvidia").glob("cu*"))
+    toolkit = cpp_extension.CUDA_HOME
+    homes = packages if toolkit is None else [Path(toolkit), *packages]
+    return next((home for home in homes if (home / "include/cuda_runtime_api.h").is_file()), None)
 
 
 def compile_for(
@@ -100,7 +134,7 @@ def compile_for(
         device: Where it will run.
         form: What it is called in the bundle.
         program: Names, example inputs.
-        module: What computes it, in its final precision.
+        module: What computes it, in its final precision; it is not changed.
         weights: Takes the tensors.
         request: The build.
     """
@@ -109,20 +143,43 @@ def compile_for(
     with (
         torch.no_grad(),
         _quiet(),
+        _exact(),
         _Operators(REFERENCES if device == "cpu" else {**REFERENCES, **gpu_operators()}),
     ):
-        exported = torch.export.export(module.to(device), (), inputs, strict=False)
+        exported = torch.export.export(_copy(module, device), (), inputs, strict=False)
         compiled = exported.module(check_guards=False)
         for tensor in _tensors(compiled).values():
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-        with _folder() as folder:
+        with _headers(device), _folder(program.name) as folder:
             options = _options(request.config.max_autotune)
             files: Any = torch._inductor.aot_compile(compiled, (), inputs, options=options)
             about = _about(compiled, weights, device)
             _package(request.stage / path, [Path(str(file)) for file in files], about, folder)
     weights.flush()
     return {form: path}
+
+
+def _copy(module: nn.Module, device: str) -> nn.Module:
+    """`module` on `device`, with weights of its own: other programs of the component read the same ones."""
+    memo: dict[int, Any] = {}
+    for weight in [*module.parameters(), *module.buffers()]:
+        moved = weight.detach().to(device, copy=True)
+        memo[id(weight)] = nn.Parameter(moved, False) if isinstance(weight, nn.Parameter) else moved
+    moved_module = copy.deepcopy(module, memo)
+    for graph_module in moved_module.modules():
+        if isinstance(graph_module, fx.GraphModule):
+            _place(graph_module, torch.device(device))
+    return moved_module
+
+
+def _place(module: fx.GraphModule, device: torch.device) -> None:
+    """Tracing writes down the device on which a graph makes its tensors; let it be `device`."""
+    for node in module.graph.nodes:
+        args, kwargs = tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+        if (args, kwargs) != (node.args, node.kwargs):
+            node.args, node.kwargs = args, kwargs
+    module.recompile()
 
 
 def _options(max_autotune: bool) -> dict[str, Any]:
@@ -147,7 +204,7 @@ def _about(module: nn.Module, weights: WeightFile, device: str) -> About:
     return About(
         torch=torch.__version__,
         machine=platform.machine(),
-        instructions=_instructions() if device == "cpu" else (),
+        instructions=_instructions(),  # a GPU's package has host code, too
         capability=0 if device == "cpu" else 10 * _capability()[0] + _capability()[1],
         file=weights.path.name,
         weights={
@@ -184,16 +241,20 @@ def _package(path: Path, files: list[Path], about: About, folder: Path) -> None:
     """The library, what torch says of it, and `about`; sources and command lines stay behind."""
     from torch.export.pt2_archive._package import package_pt2
 
-    library = next(file for file in files if file.suffix == ".so")
-    stem = library.name.removesuffix(".so")
-    kept = [file for file in files if file == library or file.name == f"{stem}_metadata.json"]
+    built = next(file for file in files if file.suffix == ".so")
+    kept = [file for file in files if file.name == f"{built.stem}_metadata.json"]
     kept += [file for file in files if file.suffix in (".cubin", ".fatbin")]
-    # Symbols and the build's id differ from build to build, by the name of the folder. binutils come with g++.
-    subprocess.run(["strip", "--strip-all", "--remove-section=.note.gnu.build-id", str(library)], check=True)
-    library.write_bytes(_anonymous(library.read_bytes(), folder))
-    package_pt2(
-        str(path), aoti_files={"model": [str(file) for file in kept]}, extra_files={ABOUT: about.to_json()}
-    )
+    with tempfile.TemporaryDirectory() as clean:
+        library = Path(clean, built.name)
+        # Symbols and the build's id differ from build to build, by the name of the folder.
+        drop = ["--strip-all", "--remove-section=.note.gnu.build-id"]
+        subprocess.run(["strip", *drop, "-o", str(library), str(built)], check=True)
+        library.write_bytes(_anonymous(library.read_bytes(), folder))
+        package_pt2(
+            str(path),
+            aoti_files={"model": [str(file) for file in (library, *kept)]},
+            extra_files={ABOUT: about.to_json()},
+        )
 
 
 def _anonymous(code: bytes, folder: Path) -> bytes:
@@ -206,12 +267,62 @@ def _anonymous(code: bytes, folder: Path) -> bytes:
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
-    """Where inductor works, removed afterwards."""
+def _folder(program: str) -> Iterator[Path]:
+    """Where inductor works: a folder of the program where the user keeps caches, or one that is removed afterwards."""
     from torch._inductor.utils import fresh_cache
 
-    with fresh_cache():
-        yield Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with fresh_cache():  # what is cached in memory has the paths of another folder
+        if not kept:
+            yield Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+            return
+        folder = Path(kept).absolute() / "rt" / program
+        folder.mkdir(parents=True, exist_ok=True)
+        with _environment(TORCHINDUCTOR_CACHE_DIR=str(folder), TRITON_CACHE_DIR=str(folder / "triton")):
+            yield folder
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _headers(device: str) -> Iterator[None]:
+    """CUDA's headers where torch looks for them: it reads CUDA_HOME once, and does not know its own packages."""
+    from torch.utils import cpp_extension
+
+    before = cpp_extension.CUDA_HOME
+    if device == "cuda":
+        cpp_extension.CUDA_HOME = str(_cuda_home())
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = before
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """fp32 is fp32: kernels are chosen and compiled without TF32, which cuDNN takes by default.
+
+    `torch.backends.cudnn.flags` would also switch cuDNN off.
+    """
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(precision)
 
 
 class _Operators(TorchFunctionMode):
@@ -235,8 +346,8 @@ def _quiet() -> Iterator[None]:
 
 WRITERS: Mapping[str, Writer] = {
     InductorCpu.name: Writer(
-        check=_check_cpu, compile=partial(compile_for, "cpu", InductorCpu.form), fused=True
+        check=_check_cpu, compile=partial(compile_for, "cpu", InductorCpu.form), fuses=True
     ),
-    Inductor.name: Writer(check=_check_gpu, compile=partial(compile_for, "cuda", Inductor.form), fused=True),
+    Inductor.name: Writer(check=_check_gpu, compile=partial(compile_for, "cuda", Inductor.form), fuses=True),
 }
 """By the name of the backend."""

@@ -28,6 +28,7 @@ from rt.export.passes.cast import HALF, cast
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
 from rt.export.program import Program, trace_program
+from rt.export.weights import one_line
 from rt.model import Component
 from rt.shapes import ShapeProfile, TensorSpec
 from rt.verify import check, save_reference
@@ -183,7 +184,7 @@ def _try(backend: Backend, sample: Sample, stage: Path) -> Iterator[Outcome]:
             return
     try:
         forms = {**record.forms, **_further(further, sample, request)}
-    except (RtError, MemoryError) as error:
+    except Exception as error:  # compilers have errors of their own; the others are still tried
         yield _outcome(backend, "FAILED", f"does not build: {_reason(error)}", record.dtype)
         return
     for form in backend.forms(record.dtype):
@@ -213,7 +214,7 @@ def _further(further: Writer | None, sample: Sample, request: Request) -> dict[s
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or "out of memory"
+    return "out of memory" if isinstance(error, MemoryError) else one_line(error)
 
 
 def _outcome(

@@ -137,9 +137,10 @@ class _CastInterpreter(fx.Interpreter):
 
 
 def _to(dtype: torch.dtype, tree: Any) -> Any:
-    return tree_map_only(
-        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree
-    )
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.itemsize > 1 else tensor  # fp8 stays
+
+    return tree_map_only(Tensor, cast, tree)
 
 
 def _dtypes(tree: Any) -> set[torch.dtype]:

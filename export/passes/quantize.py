@@ -137,7 +137,8 @@ class _Fp8:
         weight = new.parameter(f"{name.replace('.', '_')}_fp8", fp8)
         [bias] = fx.map_arg(tuple(rest), new.copies.__getitem__) or (None,)
         operands = (new.copies[source], weight, bias, seen.largest / E4M3, scale)
-        return new.graph.call_function(ops.linear_fp8.default, operands)
+        # By its name a cast knows what was observed of it.
+        return new.graph.create_node("call_function", ops.linear_fp8.default, operands, name=node.name)
 
 
 INT8: Bits = _Int8()

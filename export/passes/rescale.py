@@ -6,8 +6,10 @@ pixels with it, a norm with ε · s² gives what it gave, and with other weights
     conv(s · x; w · t / s, b · t) = t · conv(x; w, b)          norm(s · x; ε · s²) = norm(x; ε)
 
 So each set of values that must share a scale gets the largest power of two that keeps its largest value in range. A
-power of two changes no digit: in fp32 the result is the same but for values near the format's other end. The
-autoencoder of SDXL is the network that needs it: its residual stream leaves fp16.
+power of two changes no digit: in fp32 the result is the same but for values near the format's other end. That end is
+near in fp16: below 6e-5 a weight that is scaled down loses digits. A set of values stays unscaled, and so in fp32,
+where that would cost one of its weights more than fp16 rounds anyway, 2^-11 of its length. The autoencoder of SDXL is
+the network that needs all this: its residual stream leaves fp16.
 
 Driven by operations and measured values; knows no layer names.
 """
@@ -47,7 +49,7 @@ _COPIES = {
 
 
 def rescale(module: fx.GraphModule, seen: Observation, largest: float) -> fx.GraphModule:
-    """The same function, with the values beyond `largest` scaled below it where that can be done.
+    """The same function, with the values beyond `largest` scaled below it where that can be done in fp16.
 
     Args:
         module: A graph in fp32; changed in place, unless nothing is to do.
@@ -76,7 +78,7 @@ def _scales(module: fx.GraphModule, seen: Observation, largest: float) -> dict[f
             if all(_is_parameter(argument) for argument in node.args[1:3]):
                 groups.join(node)
             else:
-                groups.pin(node, node.args[0])
+                groups.pin(node, *node.all_input_nodes)
         elif node.op == "call_function" and node.target in _NORMS:
             groups.pin(node)
         elif node.op == "call_function" and _is_linear(node):
@@ -89,7 +91,22 @@ def _scales(module: fx.GraphModule, seen: Observation, largest: float) -> dict[f
         if reached > largest:
             scale = 2.0 ** -math.ceil(math.log2(reached / largest))
             scales |= dict.fromkeys(group, scale)
+    products = [node for node in module.graph.nodes if node.target in _PRODUCTS]
+    while lossy := next((node for node in products if _loses_digits(node, scales)), None):
+        group = next(group for group in groups.free() if lossy in group)
+        scales = {node: scale for node, scale in scales.items() if node not in group}
     return scales
+
+
+def _loses_digits(product: fx.Node, scales: dict[fx.Node, float]) -> bool:
+    """Whether fp16 holds the scaled weight less well than it holds numbers in range."""
+    operands: tuple[Any, ...] = product.args
+    factor = scales.get(product, 1.0) / scales.get(operands[0], 1.0)
+    if factor >= 1.0:
+        return False
+    weight = value(operands[1]).detach() * factor
+    lost = torch.linalg.vector_norm(weight.half().float() - weight)
+    return bool(lost > torch.finfo(torch.float16).eps / 2 * torch.linalg.vector_norm(weight))
 
 
 def _is_linear(node: fx.Node) -> bool:

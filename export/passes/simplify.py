@@ -1,4 +1,7 @@
-"""Drop what tracing leaves behind and inference does not need: assertions, dropout, casts to the same dtype."""
+"""Drop what tracing leaves behind and inference does not need: assertions, dropout, casts to the same dtype.
+
+Other casts say the dtype alone: a graph has no say in the device that it runs on.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
         elif node.target in _IDENTITIES or (node.target in _CASTS and _keeps_dtype(node)):
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
+        elif node.target in _CASTS:
+            node.target, node.kwargs = aten.to.dtype, {}
+            node.args = (node.all_input_nodes[0], node.meta["val"].dtype)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module

@@ -94,7 +94,7 @@ def _gpu() -> tuple[str, int]:
 
 
 WRITERS: Mapping[str, Writer] = {
-    CLASSIC.name: Writer(check=partial(_check, CLASSIC), write=_classic, fused=True),
+    CLASSIC.name: Writer(check=partial(_check, CLASSIC), write=_classic, reads_fused=True),
     RTX.name: Writer(check=partial(_check, RTX), write=_rtx),
 }
 """By the name of the backend."""

@@ -37,7 +37,7 @@ from rt.export.architectures import Architecture, clip, unet, vae
 from rt.export.build import build
 from rt.export.checkpoint import open_checkpoint
 from rt.export.forms import Request, check_options
-from rt.export.inductor import WRITERS
+from rt.export.inductor import WRITERS, _copy, _cuda_home, _exact
 from rt.export.lower import WeightFile
 from rt.export.operators import ops
 from rt.export.program import Program, trace_program
@@ -68,6 +68,13 @@ def request(stage: Path, **options: Any) -> Request:
     return Request(stage=stage, config=BuildConfig(profiles=(ShapeProfile(64, 64),), **options))
 
 
+def placed(module: nn.Module) -> list[Any]:
+    """Where a module's weights are and how they lie."""
+    return [
+        (name, w.data_ptr(), w.stride(), w.device) for name, w in module.state_dict(keep_vars=True).items()
+    ]
+
+
 @pytest.fixture(scope="module")
 def program() -> Program:
     with torch.random.fork_rng(devices=[]):
@@ -84,7 +91,9 @@ def stage(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with WeightFile(stage / "engines" / "unet.weights") as weights:
         compile = WRITERS["inductor-cpu"].compile
         assert compile is not None
+        before = placed(program.module)
         forms = compile(program, program.module, weights, request(stage))
+        assert placed(program.module) == before, "the next program of the component reads the same tensors"
     assert forms == {Form.INDUCTOR_CPU: "engines/block.inductor-cpu.pt2"}
     return stage
 
@@ -224,7 +233,82 @@ def test_fp8_needs_a_gpu_that_multiplies_it(tmp_path, monkeypatch):
         ConfigError, match=r"^--fp8 needs compute capability 8\.9, and this GPU has 8\.0; use --fp16"
     ):
         check_options(get("inductor"), request(tmp_path, dtype=DType.FP8))
+    monkeypatch.setattr("rt.export.inductor._cuda_home", lambda: tmp_path)
     check_options(get("inductor"), request(tmp_path, dtype=DType.FP16))
+
+
+def test_without_strip(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(
+        BackendUnavailableError, match="cleaned with strip, and there is none; install binutils"
+    ):
+        check_options(get("inductor-cpu"), request(tmp_path))
+
+
+def test_a_build_for_a_gpu_needs_the_headers_of_cuda(tmp_path, monkeypatch):
+    site = tmp_path / "site-packages"
+    headers = site / "nvidia/cu13/include"
+    headers.mkdir(parents=True)
+    (site / "nvidia/cublas").mkdir()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    monkeypatch.setattr("torch.__file__", str(site / "torch/__init__.py"))
+    with pytest.raises(
+        BackendUnavailableError,
+        match=r"there is no cuda_runtime_api\.h; install the CUDA toolkit, or set CUDA_HOME",
+    ):
+        check_options(get("inductor"), request(tmp_path))
+    (headers / "cuda_runtime_api.h").touch()
+    check_options(get("inductor"), request(tmp_path))
+    assert _cuda_home() == headers.parent
+    (tmp_path / "cuda/include").mkdir(parents=True)
+    (tmp_path / "cuda/include/cuda_runtime_api.h").touch()
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path / "cuda"))
+    assert _cuda_home() == tmp_path / "cuda", "a toolkit comes first"
+
+
+class Made(nn.Module):
+    """Makes a tensor on the device of the trace; has a weight twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.down.weight = self.up.weight
+        self.register_buffer("offset", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.down(self.up(x)) + x.new_ones(4, device=x.device) + self.offset,)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch copies a graph by a class that it deprecates
+def test_a_copy_is_on_the_device_and_shares_nothing():
+    module = trace_program("made", Component.UNET, None, Made(), {"x": torch.randn(2, 4)}, ("y",)).module
+    before, code = placed(module), module.code
+    copy = _copy(module, "meta")
+    devices = {weight.device.type for weight in copy.state_dict(keep_vars=True).values()}
+    assert devices == {"meta"} and "cpu" in code and "cpu" not in copy.code
+    assert copy(x=torch.empty(2, 4, device="meta"))[0].device.type == "meta"
+    assert placed(module) == before and module.code == code
+    here = _copy(module, "cpu")
+    assert not {pointer for _, pointer, *_ in placed(here)} & {pointer for _, pointer, *_ in before}
+    assert len({id(weight) for weight in here.parameters()}) == len(
+        {id(weight) for weight in module.parameters()}
+    )
+    assert here.state_dict().keys() == module.state_dict().keys()
+
+
+def test_fp32_is_compiled_without_tf32(monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        others = cudnn.enabled, cudnn.benchmark
+        with _exact():
+            assert not cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+            assert (cudnn.enabled, cudnn.benchmark) == others
+        assert cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_what_it_refuses_and_what_is_missing(monkeypatch):
@@ -378,6 +462,47 @@ def test_two_packages_of_a_program_are_equal(program, package, tmp_path):
     with WeightFile(tmp_path / "engines" / "unet.weights") as weights:
         compile(program, program.module, weights, request(tmp_path))
     assert (tmp_path / "engines" / package.name).read_bytes() == package.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [DType.FP16, DType.BF16])
+def test_it_compiles_the_fused_program_which_is_lowered_for_our_kernels_alone(
+    write_folder, tmp_path, monkeypatch, dtype
+):
+    compiled = {}
+
+    def compile(program, module, weights, request):
+        compiled[program.component] = {node.target for node in program.module.graph.nodes}
+        return {}
+
+    writer = replace(WRITERS["inductor-cpu"], compile=compile)
+    monkeypatch.setattr("rt.export.build.writer", lambda backend: writer)
+    monkeypatch.setattr("rt.export.build._verified", lambda record, stage, backend: record)
+    write_folder(tmp_path / "model", SMALL)
+    config = BuildConfig(profiles=(ShapeProfile(16, 16),), backend="inductor-cpu", dtype=dtype)
+    bundle = build(open_checkpoint(str(tmp_path / "model")), tmp_path / "bundle", config, quiet=True)
+    for record in bundle.manifest.engines:
+        fused = ops.group_norm.default in compiled[record.component]
+        assert fused == (record.component in (Component.UNET, Component.VAE_DECODER, Component.VAE_ENCODER))
+        assert [*record.forms] == ["onnx", *["fused.onnx"] * (fused and dtype is DType.BF16)]
+
+
+@pytest.mark.slow
+def test_the_cache_of_a_user_is_kept_and_not_named(program, tmp_path, monkeypatch):
+    cache = tmp_path / "a-private-cache"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    compile = WRITERS["inductor-cpu"].compile
+    assert compile is not None
+    made = []
+    for name in ("first", "second"):
+        (tmp_path / name / "engines").mkdir(parents=True)
+        with WeightFile(tmp_path / name / "engines" / "unet.weights") as weights:
+            [path] = compile(program, program.module, weights, request(tmp_path / name)).values()
+        with zipfile.ZipFile(tmp_path / name / path) as archive:
+            made.append([archive.read(each) for each in archive.namelist()])
+    assert made[0] == made[1]
+    assert not any(b"a-private-cache" in part for part in made[0])
+    assert [*(cache / "rt" / "block").rglob("*.so")]
 
 
 SMALL = Architecture(

@@ -90,6 +90,26 @@ def test_simplify_is_exact_and_drops_what_it_says() -> None:
     assert len(targets(after)) < len(targets(before.module))
 
 
+class Placed(nn.Module):
+    """Casts that name a device, as SDXL's second text encoder makes one of its tokens."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        device = torch.device("cpu")
+        return x.to(device, torch.int32) + 1, x.to(device=device, dtype=torch.float64), x.to(device) * 2
+
+
+def test_simplify_leaves_no_cast_with_a_device() -> None:
+    x = torch.randn(8, 8) * 5
+    before = program(Placed(), x=x).module
+    assert aten.to.device in targets(before) and "cpu" in before.code
+    expected = before(x=x)
+    after = simplify(before)
+    assert targets(after) == [aten.to.dtype, aten.add.Tensor, aten.to.dtype, aten.mul.Tensor]
+    assert "cpu" not in after.code
+    for got, wanted in zip(after(x=x), expected, strict=True):
+        assert torch.equal(got, wanted) and got.dtype == wanted.dtype
+
+
 class Loud(nn.Module):
     """Goes beyond fp16 in the middle (about 1e6) and comes back to about 1; linear, silu and mul around it."""
 
@@ -551,7 +571,7 @@ def test_rescale_is_exact_and_leaves_fp16_no_island_for_its_range(net: nn.Module
 
 
 class Mixed(nn.Module):
-    """Beyond fp16 where no scale can pass: an activation, a product of two, the output."""
+    """Beyond fp16 where no scale can pass: an activation, a product of two, weights that are computed, the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -561,14 +581,46 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         h = self.rise(x)
-        return (nn.functional.silu(h) + self.rise(x) * x,)
+        weight, bias = self.rise(x), self.rise(x[0])
+        computed = nn.functional.linear(x, weight) + nn.functional.linear(x, self.rise.weight, bias)
+        return (nn.functional.silu(h) + self.rise(x) * x + computed,)
 
 
 def test_rescale_touches_nothing_where_a_scale_cannot_pass() -> None:
-    before = program(Mixed(), x=torch.randn(8, 32))
+    before = program(Mixed(), x=torch.randn(32, 32))
     code = before.module.code
     after = rescale(before.module, observe(before), in_range(torch.float16))
     assert after is before.module and after.code == code
+
+
+class Faint(nn.Module):
+    """A stream beyond fp16 to which a layer with weights of size `weight` adds."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.rise, self.add, self.norm = nn.Linear(32, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+        with torch.no_grad():
+            self.rise.weight.mul_(3e5)
+            self.add.weight.normal_(std=weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.norm(self.rise(x) + self.add(x)),)
+
+
+@pytest.mark.parametrize(("weight", "scaled"), [(3e-2, True), (3e-4, False)])
+def test_rescale_leaves_weights_that_would_lose_their_digits(weight: float, scaled: bool) -> None:
+    before = program(Faint(weight), x=torch.randn(32, 32))
+    seen = observe(before, torch.float16)
+    after = rescale(before.module, seen, in_range(torch.float16))
+    assert (after is not before.module) == scaled
+    if scaled:
+        for name, tensor in after.named_parameters():
+            if name.startswith("rescaled") and tensor.dim() == 2:
+                assert (tensor.half() - tensor).norm() < 2**-11 * tensor.norm()
+    module, islands = cast(after, DType.FP16, observe(replace(before, module=after), torch.float16))
+    assert any("reach" in island for island in islands) != scaled
+    expected = torch.from_numpy(seen.outputs["y"])
+    assert (module(**before.inputs)[0] - expected).norm() < 5e-3 * expected.norm()
 
 
 def test_rescale_touches_nothing_that_is_in_range() -> None:

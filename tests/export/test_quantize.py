@@ -232,16 +232,17 @@ def test_a_range_in_fp8_keeps_its_ends_and_saturates_beyond(end: float) -> None:
     assert rounded[:4].tolist() == pytest.approx([-end, 0.0, end, end], rel=1e-6)
 
 
-def test_the_products_of_tensor_cores_are_those_of_the_reference() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_products_of_tensor_cores_are_those_of_the_reference(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     from rt.export.gpu_operators import linear_fp8
 
-    x, bias = torch.randn(2, 40, 64).half(), torch.randn(32)
+    x, bias = torch.randn(2, 40, 64).to(dtype), torch.randn(32)
     weight = torch.randn(32, 64).clamp(-448, 448).to(torch.float8_e4m3fn)
     for offset in (None, bias):
         expected = torch.ops.rt.linear_fp8(x, weight, offset, 3 / 448, 0.02)
         got = linear_fp8(x, weight, offset, 3 / 448, 0.02)
-        assert got.shape == expected.shape == (2, 40, 32) and got.dtype == torch.float16
+        assert got.shape == expected.shape == (2, 40, 32) and got.dtype == dtype
         assert distance(got.float(), expected.float()) < 1e-3
 
 
@@ -273,6 +274,41 @@ def test_engines_agree_with_torch_on_an_fp8_graph_whose_rest_is_fp16(
     got = torch.from_numpy(engine.outputs["y"])
     assert distance(got, expected) < 1e-2
     assert distance(got, exact) < 3e-2
+
+
+class Loud(nn.Module):
+    """Its first layer gives values beyond fp16, and the second brings them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise, self.fall = nn.Linear(64, 64), nn.Linear(64, 64)
+        with torch.no_grad():
+            self.rise.weight.mul_(1e6)
+            self.fall.weight.mul_(1e-6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.fall(self.rise(x)),)
+
+
+def test_an_fp8_layer_whose_values_leave_fp16_is_an_island(tmp_path: Path) -> None:
+    net, x = Loud().eval(), torch.randn(32, 64)
+    module = torch.export.export(net, (), {"x": x}, strict=False).module(check_guards=False)
+    loud = Program(
+        name="net", component=Component.UNET, profile=None, guided=False, module=module, inputs={"x": x},
+        outputs=("y",),
+    )  # fmt: skip
+    with torch.no_grad():
+        seen = {"rise.weight": Range.of(x), "fall.weight": Range.of(net.rise(x))}
+        rounded = quantize(module, seen, bits=FP8)  # type: ignore[arg-type]
+        (expected,) = rounded(x=x)
+        half, islands = cast(rounded, DType.FP8, observe(loud, torch.float16))
+        (got,) = half(x=x)
+    assert [island.partition(": reach ")[0] for island in islands] == ["2 linear_fp8"]
+    kinds = {name: weight.dtype for name, weight in half.named_parameters()}
+    assert [kind for name, kind in kinds.items() if name.endswith("fp8")] == [torch.float8_e4m3fn] * 2
+    session = onnxruntime.InferenceSession(written(loud, half, tmp_path), providers=["CPUExecutionProvider"])
+    for result in (got, torch.from_numpy(session.run(None, {"x": x.numpy()})[0])):
+        assert distance(result, expected) < 5e-3
 
 
 @pytest.mark.slow

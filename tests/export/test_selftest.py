@@ -82,15 +82,24 @@ def test_a_plan_that_cannot_run_here_is_built(monkeypatch: pytest.MonkeyPatch) -
     assert not outcome.failed
 
 
-@pytest.mark.parametrize("error", [BuildError("no tactic"), ConfigError("no tactic"), MemoryError()])
-def test_a_plan_that_does_not_build_is_a_fault(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (BuildError("no tactic"), "no tactic"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("g++ failed\nof that command"), "g++ failed"),
+    ],
+)
+def test_a_plan_that_does_not_build_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
     def write(*given: object) -> dict[Form, str]:
         raise error
 
     monkeypatch.setattr(get("tensorrt"), "available", lambda: Availability(version="11.4"))
     monkeypatch.setattr(module, "writer", lambda backend: Writer(check=lambda request: None, write=write))
     [outcome] = outcomes(monkeypatch, "tensorrt")
-    assert outcome.failed and outcome.detail == f"does not build: {str(error) or 'out of memory'}"
+    assert outcome.failed and outcome.detail == f"does not build: {reason}"
 
 
 def test_what_this_machine_cannot_build_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:

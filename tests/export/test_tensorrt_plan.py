@@ -270,7 +270,7 @@ def test_a_refit_that_fails(
 
 
 def test_both_flavours_have_a_writer() -> None:
-    assert {name: writer.fused for name, writer in forms.WRITERS.items()} == {
+    assert {name: writer.reads_fused for name, writer in forms.WRITERS.items()} == {
         "tensorrt": True,
         "tensorrt-rtx": False,
     }
