@@ -150,7 +150,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 def _driver() -> str:
     """The newest CUDA that the driver runs, such as 12.8."""
-    version: int = torch._C._cuda_getDriverVersion()
+    bindings: Any = torch._C  # its stubs leave this out
+    version: int = bindings._cuda_getDriverVersion()
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
