@@ -1,13 +1,15 @@
 """Everything about one GPU: `python bench/gpu.py` in a checkout, or `python -m rt.bench.gpu`.
 
-    python bench/gpu.py                      all parts, in less than 25 minutes
-    python bench/gpu.py --only sd15          one part; may be repeated
-    python bench/gpu.py --resume             the parts that the newest record of this GPU lacks
+    python bench/gpu.py                      the parts that fit into 25 minutes, in their order
+    python bench/gpu.py --only sd15          one part with the builds that it needs; may be repeated
+    python bench/gpu.py --resume             what the newest record of this GPU lacks; where a command has to end in
+                                             ten minutes, --minutes 9 --resume again and again does all
     python bench/gpu.py --dry                every part at tiny size on the CPU, in some minutes; measures nothing
 
-Each part has a process of its own and writes what it finds into one record as it goes. Needed are torch, triton, onnx,
-numpy, cuda-bindings and, of pure Python, what the extra `build` has; `pip install --no-deps --no-build-isolation .`
-installs rt without a network. Afterwards `python -m rt.bench.tables` puts the figures into `docs/benchmarks.md`, and
+Each part has a process of its own and writes what it finds into one record as it goes. At the end stands which aims
+were reached. Needed are torch, triton, onnx, numpy, cuda-bindings and, of pure Python, what the extra `build` has. In a
+checkout `pip install --no-deps --no-build-isolation -e .` installs rt without a network: records and the commit are the
+checkout's. Afterwards `python -m rt.bench.tables` puts the figures into `docs/benchmarks.md`, and
 `python -m rt.bench.gpu_parts.plot` draws them.
 """
 
@@ -62,6 +64,8 @@ def command(
         context = Context(dry=dry, scratch=scratch.absolute(), seed=secrets.randbits(32))
         gpu = find_gpu(context)
         found = newest(folder, gpu) if resume and folder else None
+        if resume and not found:
+            click.echo("no record of this GPU with these versions to go on with: a new one")
         run = found or Run(provenance=Provenance.now(), gpu=gpu, seed=context.seed)
         context = replace(context, seed=run.seed)
 

@@ -13,6 +13,7 @@ import torch._inductor.config as inductor
 
 from rt.bench.gpu_parts.eager import Eager
 from rt.bench.gpu_parts.model import Model
+from rt.bench.gpu_parts.settings import COMPILED
 
 
 class Compiled(Eager):
@@ -21,7 +22,7 @@ class Compiled(Eager):
     A dry run traces the U-Net and generates no code.
     """
 
-    name = "torch.compile"
+    name = COMPILED
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)

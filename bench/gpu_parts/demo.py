@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from numpy.typing import NDArray
 
-from rt.bench.gpu_parts.ours import open_bundle
+from rt.bench.gpu_parts.built import Built
 from rt.bench.gpu_parts.part import Context, Figures
 from rt.bench.gpu_parts.place import find
 from rt.config import DType
@@ -47,8 +47,9 @@ def run(context: Context) -> Iterator[Figures]:
     expected = _on_cpu(prompts, noise, steps)
     rows: list[dict[str, Any]] = []
     for dtype in (DType.FP32,) if context.dry else (DType.FP32, DType.FP16):
-        path = context.scratch / "bundles" / f"{'dry-' if context.dry else ''}emoji-ldm-{dtype.value}"
-        pipe = open_bundle(checkpoint, path, profile, dry=context.dry, dtype=dtype)
+        built = Built.at(context.scratch, "emoji-ldm", dtype, dry=context.dry)
+        built.build(checkpoint, profile, max_autotune=False)  # its pictures are what counts
+        pipe = built.open()
         drawn = [
             pipe(
                 prompt, num_inference_steps=steps, latents=latents[None], scheduler="ddim", output_type="np"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rt.bench.gpu_parts.model import Model
+from rt.bench.gpu_parts.settings import DIFFUSERS
 from rt.export.trace import TextEncoder
 from rt.model import Component, Family
 
@@ -26,7 +27,7 @@ class Eager:
         dtype: Of its weights; that of the model when left out.
     """
 
-    name = "diffusers"
+    name = DIFFUSERS
 
     def __init__(self, model: Model, dtype: torch.dtype | None = None) -> None:
         torch.backends.cudnn.benchmark = True  # convolutions are tried out in the first call
@@ -42,7 +43,10 @@ class Eager:
         rows = len(inputs.context)
         self._latents = inputs.latents.to(self._dtype).repeat(rows, 1, 1, 1)
         self._latents = self._latents.contiguous(memory_format=torch.channels_last)
-        self._timestep = torch.tensor(inputs.timestep, device=model.place.device)
+        # Of the type that the loop gives, float32 for some schedulers: a compiler would compile once for each.
+        self.pipeline.scheduler.set_timesteps(1)
+        kind = self.pipeline.scheduler.timesteps.dtype
+        self._timestep = torch.tensor(inputs.timestep, dtype=kind, device=model.place.device)
         self._context = inputs.context.to(self._dtype)
         self._added = None
         if inputs.pooled is not None and inputs.sizes is not None:

@@ -5,7 +5,6 @@ Weights are random; all candidates have the same. Errors are relative L2 distanc
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,47 +18,54 @@ from torch.utils.flop_counter import FlopCounterMode
 from rt.bench.gpu_parts.compiled import Compiled
 from rt.bench.gpu_parts.eager import Eager
 from rt.bench.gpu_parts.model import Model, Peer
-from rt.bench.gpu_parts.ours import Ours
+from rt.bench.gpu_parts.ours import Ours, model_bundle
 from rt.bench.gpu_parts.part import Context, Figures
 from rt.bench.gpu_parts.place import Place, find, relative_error
-from rt.bench.gpu_parts.settings import PICTURE, SETTINGS, UNET, VAE
+from rt.bench.gpu_parts.settings import COMPILED, DIFFUSERS, OURS, OURS_FP8, PICTURE, SETTINGS, UNET, VAE
 from rt.bench.gpu_parts.trace import observe
 from rt.bench.timing import Samples, interleave
+from rt.config import DType
 
 ROUNDS, PICTURES = 9, 5
+_BUILDS = {OURS: DType.FP16, OURS_FP8: DType.FP8}
+_LOADED: Mapping[str, Callable[[Model, Path], Peer]] = {
+    DIFFUSERS: lambda model, scratch: Eager(model),
+    OURS: lambda model, scratch: Ours(model, scratch, _BUILDS[OURS]),
+    OURS_FP8: lambda model, scratch: Ours(model, scratch, _BUILDS[OURS_FP8]),
+    COMPILED: lambda model, scratch: Compiled(model),
+}
 
 
-def run(context: Context, setting: str) -> Iterator[Figures]:
+def run(context: Context, setting: str, candidates: Sequence[str]) -> Iterator[Figures]:
     """See the module.
 
     Args:
         context: Of the run.
         setting: Its name.
+        candidates: In the order in which they are prepared; names in `_LOADED`.
+
+    Raises:
+        ConfigError: A bundle of ours was not built.
     """
     place = find(context)
     wanted = SETTINGS[setting]
     model = Model(setting=wanted.tiny() if context.dry else wanted, place=place, seed=context.seed)
+    for name in {OURS, OURS_FP8}.intersection(candidates):
+        _ = model_bundle(model, context.scratch, _BUILDS[name]).seconds  # or it ends here
     reference, work = _reference(model)
     peers: dict[str, Peer] = {}
     rows: dict[str, dict[str, Any]] = {}
-    # The dearest to prepare last: what the others showed is kept before it begins.
-    candidates: Sequence[Callable[[], Peer]] = (
-        lambda: Eager(model),
-        lambda: Ours(model, context.scratch),
-        lambda: Compiled(model),
-    )
-    for load in candidates:
-        peer, row = _ready(load, model, reference)
+    for name in candidates:
+        peer, row = _ready(partial(_LOADED[name], model, context.scratch), model, reference)
         peers[peer.name], rows[peer.name] = peer, row
         for measure, samples in _compare(peers, model).items():
-            for name, each in samples.items():
-                rows[name].setdefault("measures", {})[measure] = each.to_json()
+            for which, each in samples.items():
+                rows[which].setdefault("measures", {})[measure] = each.to_json()
         traces = context.scratch / "traces"
-        row["trace"] = observe(
-            partial(peer.picture, max(model.setting.steps)), traces / f"{setting}-{peer.name}.json"
-        )
+        stem = f"{setting}-{peer.name.replace(' ', '-')}"
+        row["trace"] = observe(partial(peer.picture, max(model.setting.steps)), traces / f"{stem}.json")
         if isinstance(peer, Ours):
-            row["loop"] = _loops(peer, model, traces / f"{setting}-loop.json")
+            row["loop"] = _loops(peer, model, traces / f"{stem}-loop.json")
         yield {
             "model": model.checkpoint.name,
             "side": model.setting.side,
@@ -87,10 +93,8 @@ def _reference(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
 def _ready(
     load: Callable[[], Peer], model: Model, reference: Mapping[str, Tensor]
 ) -> tuple[Peer, dict[str, Any]]:
-    """A candidate that has done everything once: seconds until then, memory it holds, errors."""
-    gc.collect()
-    if not model.place.dry:
-        torch.cuda.empty_cache()
+    """A candidate that has done everything once: seconds until then, those of its build apart,
+    the memory that it holds, and its errors."""
     before, started = model.place.used_gib(), time.perf_counter()
     peer = load()
     errors = {}
@@ -100,7 +104,8 @@ def _ready(
         peer.picture(steps)
     model.place.wait()
     ready_s = time.perf_counter() - started
-    return peer, {"ready_s": ready_s, "held_gib": model.place.used_gib() - before, "errors": errors}
+    row: dict[str, Any] = {"ready_s": ready_s, "held_gib": model.place.used_gib() - before, "errors": errors}
+    return peer, {**row, "build_s": peer.built.seconds} if isinstance(peer, Ours) else row
 
 
 def _compare(peers: Mapping[str, Peer], model: Model) -> dict[str, dict[str, Samples]]:

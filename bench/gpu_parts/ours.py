@@ -1,7 +1,4 @@
-"""A bundle of rt on the GPU: its engines alone, and whole pictures through `Pipeline`.
-
-A dry run builds for the best engine of the CPU in its place.
-"""
+"""A bundle of rt on the GPU: its engines alone, and whole pictures through `Pipeline`."""
 
 from __future__ import annotations
 
@@ -13,44 +10,41 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rt.backends import AUTO, choose
 from rt.bench.bundle import PROMPT
+from rt.bench.gpu_parts.built import Built
 from rt.bench.gpu_parts.model import Inputs, Model
 from rt.bench.gpu_parts.place import Call
+from rt.bench.gpu_parts.settings import OURS
 from rt.conditioning import Conditioning, contexts
-from rt.config import BuildConfig, DType
+from rt.config import DType
 from rt.cuda import KernelLibrary, Stream, capture
 from rt.device_session import DeviceSession, GraphMode
-from rt.export.build import build
-from rt.export.checkpoint import Checkpoint
 from rt.model import Component
 from rt.noise import Generator
-from rt.pipeline import Pipeline
 from rt.samplers import Scheduler
 from rt.session import Loop, Row, Session
 from rt.shapes import ShapeProfile
 from rt.step import Step
 from rt.time_table import TimeTable
 
-BACKEND = "inductor"
-
 
 class Ours:
     """See `Peer`.
 
     Args:
-        model: What to build.
+        model: Which.
         scratch: Where bundles are kept.
+        dtype: Of the build.
+
+    Raises:
+        ConfigError: There is no such bundle at this commit.
     """
 
-    name = "rt"
-
-    def __init__(self, model: Model, scratch: Path) -> None:
+    def __init__(self, model: Model, scratch: Path, dtype: DType = DType.FP16) -> None:
         self.model = model
-        family = model.checkpoint.spec.family.value
-        name = f"dry-{family}" if model.place.dry else f"{model.setting.architecture}-{model.setting.side}"
-        path = scratch / "bundles" / name
-        self.pipe = open_bundle(model.checkpoint, path, model.profile, dry=model.place.dry)
+        self.name = OURS if dtype is DType.FP16 else f"{OURS} {dtype.value}"
+        self.built = model_bundle(model, scratch, dtype)
+        self.pipe = self.built.open()
         self._guided = model.setting.guided
         self._scheduler = Scheduler.from_config(model.checkpoint.spec.scheduler)
         self._single = ShapeProfile(model.profile.height, model.profile.width)
@@ -154,22 +148,9 @@ def _sides(inputs: Inputs) -> list[Conditioning]:
     ]
 
 
-def open_bundle(
-    checkpoint: Checkpoint, path: Path, profile: ShapeProfile, *, dry: bool, dtype: DType | None = None
-) -> Pipeline:
-    """The bundle at `path`, built first where there is none.
-
-    Args:
-        checkpoint: What to build.
-        path: Where.
-        profile: The only shape.
-        dry: Whether for the CPU, in fp32.
-        dtype: Of the build; fp16 on a GPU where left out.
-    """
-    dtype = DType.FP32 if dry else dtype or DType.FP16
-    backend = choose(AUTO, dtype)[0].name if dry else BACKEND
-    if not (path / "manifest.json").is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        config = BuildConfig(profiles=(profile,), dtype=dtype, backend=backend, max_autotune=not dry)
-        build(checkpoint, path, config, force=True, quiet=True)
-    return Pipeline.from_bundle(path, backend=backend)
+def model_bundle(model: Model, scratch: Path, dtype: DType) -> Built:
+    """Ours of a model, whether it is there or not."""
+    setting, dry = model.setting, model.place.dry
+    family = model.checkpoint.spec.family.value
+    name = family if dry else f"{setting.architecture}-{setting.side}{'-guided' * setting.guided}"
+    return Built.at(scratch, name, dtype, dry=dry)

@@ -22,11 +22,13 @@ class Context:
         dry: Whether it runs at tiny size on the CPU, to see that it runs at all; its figures mean nothing.
         scratch: A folder for bundles, compiled kernels and compilers' caches, kept between runs.
         seed: Of all inputs.
+        before: What the part found out at this commit before it was broken off; it may go on from there.
     """
 
     dry: bool
     scratch: Path
     seed: int
+    before: Figures = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Part:
         module: Its file in this package, which has `run(context, **arguments)`.
         arguments: See there.
         dry_environment: What a dry run sets before that file and what it needs are imported.
+        needs: The parts that make what this one reads from the scratch folder.
+        least_capability: Of the GPU, such as 89; elsewhere it is skipped.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Part:
     module: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     dry_environment: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    least_capability: int = 0
 
     def run(self, context: Context) -> Iterator[Figures]:
         """All figures so far, each time that there are more: what ends a run early does not take them along."""
@@ -58,7 +64,7 @@ class Part:
 
 
 def choose(parts: Sequence[Part], only: Sequence[str]) -> list[Part]:
-    """Those named in `only`, in their own order, or all.
+    """Those named in `only` and what they need, in their own order, or all.
 
     Raises:
         ConfigError: There is no part of that name.
@@ -67,4 +73,5 @@ def choose(parts: Sequence[Part], only: Sequence[str]) -> list[Part]:
     for name in only:
         if name not in names:
             raise ConfigError(f"no part {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
-    return [part for part in parts if not only or part.name in only]
+    wanted = {*only, *(name for part in parts if part.name in only for name in part.needs)}
+    return [part for part in parts if not only or part.name in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -92,9 +93,12 @@ class Place:
         return interleave(timed, rounds)
 
     def used_gib(self) -> float:
-        """Of the whole device now, whoever holds it; 0 on the CPU."""
+        """Of the whole device now, whoever holds it, but for what torch could give back at once; 0 on the CPU."""
         if self.dry:
             return 0.0
+        self.wait()
+        gc.collect()
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30
 
@@ -110,7 +114,8 @@ class Place:
             multiprocessors=properties.multi_processor_count,
             l2_mib=properties.L2_cache_size / 2**20,
             versions={
-                "cuda": str(torch.version.cuda),
+                "driver's CUDA": _driver(),
+                "torch's CUDA": str(torch.version.cuda),
                 **{name: found for name in ("torch", "triton", "diffusers") if (found := _version(name))},
             },
         )
@@ -141,6 +146,13 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     """Norm of the difference over that of the reference, both in float64; NaN where the value has one."""
     value, reference = value.double(), reference.to(value.device).double()
     return float((value - reference).norm() / reference.norm())
+
+
+def _driver() -> str:
+    """The newest CUDA that the driver runs, such as 12.8."""
+    bindings: Any = torch._C  # its stubs leave this out
+    version: int = bindings._cuda_getDriverVersion()
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _version(name: str) -> str | None:

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from rt.bench.gpu_parts.part import Figures
 from rt.bench.gpu_parts.parts import PARTS
 from rt.bench.gpu_parts.record import Gpu, Outcome
-from rt.bench.gpu_parts.table import OURS, best_alternative, measure_name, newest_parts
+from rt.bench.gpu_parts.settings import OURS, measure_name
+from rt.bench.gpu_parts.table import best_alternative, newest_parts
 from rt.bench.record import RESULTS, read
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -26,8 +27,10 @@ Bars = Mapping[str, float]
 
 
 def draw(gpu: Gpu, parts: Mapping[str, Outcome], path: Path) -> None:
-    """Write an SVG: bars from zero, ours in orange."""
+    """Write an SVG: bars from zero, ours in orange; none where nothing was measured that it shows."""
     panels = _panels(parts)
+    if not panels:
+        return
     rows = -(-len(panels) // _COLUMNS)
     tallest = max(len(bars) for bars in panels.values())
     figure = Figure(figsize=(_WIDTH_INCHES, rows * (0.9 + _ROW_INCHES * tallest) + 0.4), layout="constrained")
@@ -48,8 +51,8 @@ def _panels(parts: Mapping[str, Outcome]) -> dict[str, Bars]:
         outcome = parts.get(part.name)
         if part.module == "models" and outcome is not None:
             panels |= _model(part.title, outcome.figures)
-    if "kernels" in parts:
-        panels["kernels: best of torch, × the time of ours"] = _kernels(parts["kernels"].figures)
+    if "timings" in parts:
+        panels["kernels: best of torch, × the time of ours"] = _kernels(parts["timings"].figures)
     return {title: bars for title, bars in panels.items() if bars}
 
 
@@ -92,8 +95,8 @@ def _bars(axes: Axes, title: str, bars: Bars) -> None:
 
 def update(docs: Path = DOCS, results: Path = RESULTS) -> None:
     """Draw all GPUs into `docs`."""
-    for gpu, parts in newest_parts(read(results)):
-        draw(gpu, parts, docs / f"gpu-{gpu.kind}.svg")
+    for found in newest_parts(read(results)):
+        draw(found.gpu, found.parts, docs / f"gpu-{found.gpu.kind}.svg")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Gpu:
         memory_gib: All of its memory.
         multiprocessors: How many.
         l2_mib: Its last cache.
-        versions: Of the driver's CUDA, torch, torch's CUDA and Triton.
+        versions: Of the newest CUDA that the driver runs, torch's CUDA, torch, Triton and diffusers.
     """
 
     name: str
@@ -80,6 +80,10 @@ class Outcome:
     commit: str | None
     figures: Figures = field(default_factory=dict)
 
+    def supersedes(self, older: Outcome) -> bool:
+        """Whether it is to be kept in the place of `older`: it is complete, or holds no fewer figures."""
+        return self.status is Status.DONE or _count(self.figures) >= _count(older.figures)
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
         """From the `asdict` of one."""
@@ -108,7 +112,9 @@ class Run:
         return self.gpu == DRY
 
     def with_part(self, name: str, outcome: Outcome) -> Run:
-        """With that part's outcome in place of an older one."""
+        """With that part's outcome, unless an older one of it has more to say."""
+        if name in self.parts and not outcome.supersedes(self.parts[name]):
+            return self
         return replace(self, parts={**self.parts, name: outcome})
 
     def done(self, name: str) -> bool:
@@ -116,8 +122,9 @@ class Run:
         return name in self.parts and self.parts[name].status is Status.DONE
 
     def save(self, folder: Path) -> Path:
-        """Write it to `folder`/DATE-gpu-GPU.json, over what was there of the same run."""
-        path = folder / f"{self.provenance.date}-{KIND}-{self.gpu.kind}.json"
+        """Write it to `folder`/DATE-gpu-GPU-HHMMSS.json, over what was there of the same run."""
+        begun = self.provenance.time.replace(":", "")
+        path = folder / f"{self.provenance.date}-{KIND}-{self.gpu.kind}-{begun}.json"
         folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".part")
         beside.write_text(json.dumps(self.to_json(), indent=1) + "\n")
@@ -151,6 +158,13 @@ def runs(records: Iterable[Mapping[str, Any]]) -> list[Run]:
 
 
 def newest(folder: Path, gpu: Gpu) -> Run | None:
-    """The last run in `folder` on such a GPU."""
-    found = [run for run in runs(read(folder)) if run.gpu.name == gpu.name] if folder.is_dir() else []
+    """The last run in `folder` on such a GPU with the same versions of everything."""
+    found = [run for run in runs(read(folder)) if run.gpu == gpu] if folder.is_dir() else []
     return found[-1] if found else None
+
+
+def _count(value: Any) -> int:
+    """Of single values in JSON."""
+    if isinstance(value, Mapping):
+        return sum(map(_count, value.values()))
+    return sum(map(_count, value)) if isinstance(value, (list, tuple)) else 1

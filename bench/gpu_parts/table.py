@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rt.bench.gpu_parts.bars import bars
 from rt.bench.gpu_parts.part import Figures, Part
 from rt.bench.gpu_parts.parts import PARTS
 from rt.bench.gpu_parts.record import Gpu, Outcome, Run, Status, runs
-from rt.bench.gpu_parts.settings import PICTURE, UNET, VAE
+from rt.bench.gpu_parts.settings import COMPILED, OURS, UNET, VAE, measure_name
 from rt.bench.markdown import table
 
 Record = Mapping[str, Any]
 Rows = list[tuple[str, ...]]
 WIDTH, _LONGEST = 80, 28
-OURS, COMPILED = "rt", "torch.compile"
 _LAUNCHED = {"step": "a graph a step", "loop": "one graph"}
-_MEASURES = {UNET: "U-Net step", VAE: "VAE decoder"}
 
 
 @dataclass(frozen=True)
@@ -70,25 +69,49 @@ def text(run: Run) -> str:
 def render(records: Iterable[Record]) -> str:
     """Of each GPU the newest figures of each part, for the document."""
     found = [
-        "\n\n".join([_heading(gpu, parts.values()), *(section.markdown() for section in sections(parts))])
-        for gpu, parts in newest_parts(records)
+        "\n\n".join([_heading(measured), *(section.markdown() for section in sections(measured.parts))])
+        for measured in newest_parts(records)
     ]
     return "\n\n".join(found) or "not measured yet"
 
 
-def newest_parts(records: Iterable[Record]) -> list[tuple[Gpu, dict[str, Outcome]]]:
-    """Each GPU of the records, which come oldest first, with the newest outcome of each part that has figures."""
-    found: dict[str, tuple[Gpu, dict[str, Outcome]]] = {}
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is known of one GPU.
+
+    Attributes:
+        gpu: As the newest run found it.
+        parts: The outcomes that are shown, by name.
+        versions: Those with which each was measured.
+    """
+
+    gpu: Gpu
+    parts: Mapping[str, Outcome]
+    versions: Mapping[str, Mapping[str, str]]
+
+
+def newest_parts(records: Iterable[Record]) -> list[Measured]:
+    """Of each GPU of the records, which come oldest first, the newest outcome of each part that has figures.
+
+    What was broken off does not take the place of an older outcome with more in it.
+    """
+    found: dict[str, Measured] = {}
     for run in runs(records):
-        measured = {name: each for name, each in run.parts.items() if each.figures}
-        if not run.dry and measured:
-            older = found.get(run.gpu.name, (run.gpu, {}))[1]
-            found[run.gpu.name] = (run.gpu, older | measured)
+        older = found.get(run.gpu.name, Measured(gpu=run.gpu, parts={}, versions={}))
+        newer = {
+            name: each
+            for name, each in run.parts.items()
+            if each.figures and (name not in older.parts or each.supersedes(older.parts[name]))
+        }
+        if not run.dry and newer:
+            versions = {**older.versions, **dict.fromkeys(newer, run.gpu.versions)}
+            parts = {**older.parts, **newer}
+            found[run.gpu.name] = Measured(gpu=run.gpu, parts=parts, versions=versions)
     return [*found.values()]
 
 
 def sections(parts: Mapping[str, Outcome]) -> Iterator[Section]:
-    """A table of each part that has figures, in the order of `PARTS`."""
+    """A table of each part that has figures, in the order of `PARTS`, then the aims that these parts have."""
     ceilings = parts["ceilings"].figures if "ceilings" in parts else {}
     for part in PARTS:
         outcome = parts.get(part.name)
@@ -97,13 +120,30 @@ def sections(parts: Mapping[str, Outcome]) -> Iterator[Section]:
             if outcome.status is not Status.DONE:
                 note = f"{note} Not complete: {outcome.reason}.".strip()
             yield Section(_title(part, outcome.figures), head, rows, note)
+    if aims := bars(parts):
+        rows = [(bar.what, bar.wanted, bar.measured, bar.verdict) for bar in aims]
+        yield Section("The aims, which are for an H100", ("aim", "wanted", "measured", "reached"), rows)
 
 
-def _heading(gpu: Gpu, outcomes: Iterable[Outcome]) -> str:
-    dates = sorted({outcome.date for outcome in outcomes})
-    versions = ", ".join(f"{name} {version}" for name, version in gpu.versions.items())
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"Measured on an {gpu.name}, {when}, with {versions}."
+def _heading(measured: Measured) -> str:
+    """When and with what; where versions differ, which parts each were measured with."""
+    together: dict[str, list[str]] = {}
+    for name in measured.parts:
+        versions = ", ".join(f"{what} {version}" for what, version in measured.versions[name].items())
+        together.setdefault(versions, []).append(name)
+    if len(together) == 1:
+        [(versions, names)] = together.items()
+        return f"Measured on an {measured.gpu.name}, {_when(measured, names)}, with {versions}."
+    each = "; ".join(
+        f"{', '.join(names)}: {_when(measured, names)}, with {versions}"
+        for versions, names in together.items()
+    )
+    return f"Measured on an {measured.gpu.name}. {each}."
+
+
+def _when(measured: Measured, names: Iterable[str]) -> str:
+    dates = sorted({measured.parts[name].date for name in names})
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
 
 
 def _title(part: Part, figures: Figures) -> str:
@@ -123,6 +163,18 @@ def _ceilings(figures: Figures, ceilings: Figures) -> Table:
 
 
 def _kernels(figures: Figures, ceilings: Figures) -> Table:
+    rows: Rows = []
+    for name in dict.fromkeys(row["kernel"] for row in figures["cases"]):
+        mine = [row for row in figures["cases"] if row["kernel"] == name]
+        measured = [row for row in mine if row["error"] is not None]
+        worst = max(measured, key=lambda row: row["error"] / (row["tolerance"] or 1), default=None)
+        error = f"{worst['error']:.1e} of {worst['tolerance']:.0e}" if worst else ""
+        rows.append((name, f"{sum(row['passed'] for row in mine)} of {len(mine)}", error))
+    wrong = [f"{row['kernel']} {row['case']}" for row in figures["cases"] if not row["passed"]]
+    return ("kernel", "right", "largest error"), rows, f"Wrong: {'; '.join(wrong)}." if wrong else ""
+
+
+def _timings(figures: Figures, ceilings: Figures) -> Table:
     """A line a kernel, with its largest workload; ratios of all workloads at the end."""
     head = ("kernel", "largest workload", "time", "reaches", "of ceiling", "torch", "×", "× of all")
     rows: Rows = []
@@ -140,7 +192,7 @@ def _kernels(figures: Figures, ceilings: Figures) -> Table:
             (
                 name,
                 str(first["workload"]),
-                _time(first["times"]["ours"]["median_s"]),
+                _time(first["times"][OURS]["median_s"]),
                 speed,
                 share,
                 best,
@@ -148,26 +200,28 @@ def _kernels(figures: Figures, ceilings: Figures) -> Table:
                 f"{min(ratios):.2f}–{max(ratios):.2f}" if ratios else "",
             )
         )
-    checked = [*figures["cases"], *figures["workloads"]]
-    wrong = [f"{row['kernel']} {row.get('workload', row['case'])}" for row in checked if not row["passed"]]
-    note = f"{len(checked) - len(wrong)} of {len(checked)} cases agree with their reference."
+    checked = figures["workloads"]
+    wrong = [f"{row['kernel']} {row['workload']}" for row in checked if not row["passed"]]
+    cached = sum(row.get("cached", False) for row in checked)
+    note = f"{len(checked) - len(wrong)} of {len(checked)} workloads agree with their reference."
     note += f" Wrong: {'; '.join(wrong)}." if wrong else ""
     note += " × is the time of the best alternative in torch over ours: above 1 ours is faster."
+    note += f" So small that they were timed out of the L2 cache: {cached}." if cached else ""
     return head, rows, note + (f" Not timed: {len(figures['left_out'])}." if figures["left_out"] else "")
 
 
 def best_alternative(row: Figures) -> tuple[str, float | None]:
     """The fastest alternative's time with its name, and how many times ours it takes."""
-    others = {name: each["median_s"] for name, each in row["times"].items() if name != "ours"}
+    others = {name: each["median_s"] for name, each in row["times"].items() if name != OURS}
     if not others:
         return "", None
     name = min(others, key=lambda each: others[each])
-    return f"{_time(others[name])} {name}", others[name] / row["times"]["ours"]["median_s"]
+    return f"{_time(others[name])} {name}", others[name] / row["times"][OURS]["median_s"]
 
 
 def _reach(row: Figures, ceilings: Figures) -> tuple[str, str]:
     """What moves or computes more, as a rate, and the part of its ceiling where that was measured."""
-    seconds = row["times"]["ours"]["median_s"]
+    seconds = row["times"][OURS]["median_s"]
     dtype = row["case"].split()[0]
     peak = ceilings.get("tflops", {}).get(dtype)
     copy = ceilings.get("copy_tb_s")
@@ -217,23 +271,22 @@ def _model(figures: Figures, ceilings: Figures) -> Table:
             ratio = f" ({theirs / seconds:.2f})" if seconds and theirs else ""
             cells.append(f"{_time(seconds)}{ratio}" if seconds else "")
         idle = f"{row['trace']['idle_percent']:.1f} %" if row.get("trace") else ""
-        rows.append((name, *cells, idle, f"{row['held_gib']:.1f} GiB", f"{row['ready_s']:.0f} s"))
+        rows.append((name, *cells, idle, f"{row['held_gib']:.1f} GiB", _ready(row)))
     peak = ceilings.get("tflops", {}).get(figures["dtype"])
     floors = {m: _time(f / peak / 1e12) for m, f in figures["flops"].items()} if peak else {}
     rows.append(("floor: products alone", *(floors.get(measure, "") for measure in measures), "", "", ""))
     if figures["bars_ms"]:
         bars = figures["bars_ms"]
         rows.append(("aim", *(f"{bars[m]:g} ms" if m in bars else "" for m in measures), "", "", ""))
-    columns = [
-        _MEASURES.get(measure, f"{measure.removeprefix(PICTURE).strip()}-step picture")
-        for measure in measures
-    ]
-    return (f"time (× {COMPILED})", *columns, "GPU idle", "holds", "ready"), rows, _remarks(candidates)
+    columns = [measure_name(measure) for measure in measures]
+    name = f"time (× {COMPILED})" if base else "time"
+    return (name, *columns, "GPU idle", "holds", "ready"), rows, _remarks(candidates)
 
 
-def measure_name(measure: str) -> str:
-    """For people."""
-    return _MEASURES.get(measure, f"{measure.removeprefix(PICTURE).strip()}-step picture")
+def _ready(row: Figures) -> str:
+    """Seconds of the build, which is once, and of what every start takes; together where they are one."""
+    loaded = f"{row['ready_s']:.0f} s"
+    return f"{row['build_s']:.0f} + {loaded}" if "build_s" in row else loaded
 
 
 def _remarks(candidates: Mapping[str, Any]) -> str:
@@ -241,9 +294,13 @@ def _remarks(candidates: Mapping[str, Any]) -> str:
         f"{name} {row['errors'][UNET]:.1e} and {row['errors'][VAE]:.1e}" for name, row in candidates.items()
     ]
     note = f"Errors of U-Net and decoder, relative L2 from fp32: {', '.join(said)}."
-    loops = candidates.get(OURS, {}).get("loop", {})
-    for name, loop in loops.items():
-        note += f" A step of our loop, {_LAUNCHED.get(name, name)}: {_time(loop['step']['median_s'])}"
+    loops = [
+        (f"A step of the loop of {name}", way, loop)
+        for name, row in candidates.items()
+        for way, loop in row.get("loop", {}).items()
+    ]
+    for what, way, loop in loops:
+        note += f" {what}, {_LAUNCHED.get(way, way)}: {_time(loop['step']['median_s'])}"
         trace = loop["trace"]
         if "gap_us" in trace:
             note += f", between two the GPU waits {trace['gap_us']:.1f} us, {trace['gap_percent']:.2f} %"
@@ -251,6 +308,16 @@ def _remarks(candidates: Mapping[str, Any]) -> str:
             note += f", and the host waits {trace['synchronisations']} times while it launches them"
         note += "."
     return note
+
+
+def _bundles(figures: Figures, ceilings: Figures) -> Table:
+    row = (
+        figures["bundle"],
+        str(figures["programs"]),
+        f"{figures['mib'] / 1024:.2f} GiB",
+        f"{figures['seconds']:.0f} s",
+    )
+    return ("bundle", "programs", "size", "built in"), [row], ""
 
 
 def _ablation(figures: Figures, ceilings: Figures) -> Table:
@@ -285,6 +352,8 @@ def _fp8(figures: Figures, ceilings: Figures) -> Table:
 _TABLES: Mapping[str, Callable[[Figures, Figures], Table]] = {
     "ceilings": _ceilings,
     "kernels": _kernels,
+    "timings": _timings,
+    "bundles": _bundles,
     "payloads": _payloads,
     "demo": _demo,
     "models": _model,
