@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rt.expression import evaluate
-from rt.kernel_image import Constant as Constant
-from rt.kernel_image import TensorArgument, integers
+from rt.kernel_image import Constant, TensorArgument, integers
 
 if TYPE_CHECKING:
     import torch

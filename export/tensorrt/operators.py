@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rt.kernels.spec import Case, Constant
+from rt.kernel_image import Constant
+from rt.kernels.spec import Case
 
 Sizes = Mapping[str, Any]
 """By name: integers, or symbolic numbers with the same operators."""

@@ -199,6 +199,7 @@ class Inductor(InductorCpu):
         """Load a package and upload its weights, unless another package of the component did."""
         about = About.read(path)
         check_torch(about, path)
+        check_processor(about, path, processor())
         check_gpu(about, path, device)
         program = _Program(path, about, "cuda")
         return InductorDeviceEngine(program, device, inputs, outputs, exact=dtype is DType.FP32)

@@ -23,6 +23,7 @@ from rt.backends import (
     choose,
     cpu_count,
     get,
+    inductor,
     openvino_cpu,
     ort_cpu,
 )
@@ -31,7 +32,8 @@ from rt.bundle import Bundle, EngineRecord
 from rt.config import DType
 from rt.errors import BackendError, BackendUnavailableError, ConfigError
 
-NAMES = list(ON_HOST)
+NAMES = [name for name in ON_HOST if Form.ONNX in BACKENDS[name].forms(DType.FP32)]
+"""Those that run a bundle of any build."""
 INSTALL = {"openvino": 'pip install "openvino>=', "onnxruntime": 'pip install "onnxruntime>='}
 
 
@@ -49,7 +51,7 @@ def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise PackageNotFoundError(package)
             return installed_version(package)
 
-        for module in (openvino_cpu, ort_cpu):
+        for module in (openvino_cpu, ort_cpu, inductor):
             monkeypatch.setattr(module, "version", version)
 
     return hide
@@ -141,7 +143,7 @@ def test_auto_prefers_what_the_bundle_was_verified_with_and_says_why(
 def test_auto_without_a_candidate_names_each_and_what_would_help(
     uninstall: Callable[..., None], missing: list[str], dtype: DType
 ) -> None:
-    uninstall(*missing)
+    uninstall(*missing, "torch")
     with pytest.raises(BackendUnavailableError, match=f"^no engine can run {dtype.value} graphs: ") as error:
         choose(AUTO, dtype)
     assert error.value.exit_code == 4
@@ -164,7 +166,7 @@ def test_a_backend_that_is_not_installed_gives_the_exact_install_line(
 
 def test_a_backend_that_the_bundle_was_not_built_for_is_refused_or_passed_over() -> None:
     def unfit(backend: Backend) -> str:
-        return "built as a stone; rebuild with --backend openvino" if backend.name == "openvino" else ""
+        return "built as a stone; rebuild with --backend openvino" if backend.name != "onnxruntime" else ""
 
     with pytest.raises(
         ConfigError, match=r"^openvino cannot run this bundle: built as a stone; rebuild with"
@@ -182,7 +184,8 @@ def test_an_unknown_backend_is_refused_with_the_nearest() -> None:
     ):
         choose("openvin", DType.FP32)
     with pytest.raises(
-        ConfigError, match="'coreml' does not exist; use one of auto, tensorrt, tensorrt-rtx, openvino"
+        ConfigError,
+        match="'coreml' does not exist; use one of auto, tensorrt, tensorrt-rtx, inductor, openvino",
     ):
         get("coreml")
 
