@@ -37,16 +37,51 @@ from rt.export.passes.layout import channels_last
 from rt.export.passes.sink import sink
 from rt.export.program import Program
 from rt.export.unet import split_context, split_time, trace_step
+from rt.kernels import launch
+from rt.kernels.registry import spec
+from rt.kernels.spec import Case
 from rt.model import Component
 
 SETTING = "sd15"
 _ROUNDS, _STEPS = 7, 20
 _UNSEEN = Observation(outputs={}, magnitudes={}, logits={}, losses={})
 """Random weights keep everything in range, so nothing stays in fp32."""
+
+
+def _group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
+    """`rt::group_norm` as our kernel."""
+    batch, channels = x.shape[0], x.shape[-1]
+    bias = torch.zeros(batch, channels, device=x.device)
+    case = Case(
+        sizes={"batch": batch, "pixels": x.numel() // batch // channels, "channels": channels},
+        dtype=str(x.dtype).removeprefix("torch."),
+        attributes={"groups": groups, "eps": epsilon, "silu": silu},
+    )
+    return _launched("group_norm", case, x, bias, scale.float(), shift.float()).reshape(x.shape)
+
+
+def _geglu(x: Tensor) -> Tensor:
+    """`rt::geglu` as our kernel."""
+    sizes = {"rows": x.numel() // x.shape[-1], "features": x.shape[-1] // 2}
+    case = Case(sizes=sizes, dtype=str(x.dtype).removeprefix("torch."))
+    return _launched("geglu", case, x).reshape(*x.shape[:-1], -1)
+
+
+def _launched(name: str, case: Case, *inputs: Tensor) -> Tensor:
+    """The one output of a kernel."""
+    kernel = spec(name)
+    [output] = kernel.outputs
+    result = inputs[0].new_empty(kernel.extent(output, case))
+    names = [argument.name for argument in (*kernel.inputs, output)]
+    values = [*(tensor.contiguous() for tensor in inputs), result]
+    launch.run(kernel, case, dict(zip(names, values, strict=True)))
+    return result
+
+
 _KERNELS: Mapping[Any, Callable[..., Tensor]] = {
     ops.attention.default: gpu_operators.attention,
-    ops.group_norm.default: gpu_operators.group_norm,
-    ops.geglu.default: gpu_operators.geglu,
+    ops.group_norm.default: _group_norm,
+    ops.geglu.default: _geglu,
 }
 """All that `fuse` makes."""
 
