@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 
 import numpy as np
@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 
 from rt.errors import ArgumentError, ConfigError, nearest
 from rt.inpainting import Picture, cut_out
+from rt.noise import Generator, Noise
+from rt.philox import CudaGenerator
 
 OUTPUT_TYPES = ("pil", "np", "latent")
+RNGS: Mapping[str, Callable[[int], Noise]] = {"cpu": Generator, "cuda": CudaGenerator}
+"""Whose random numbers a seed means."""
 
 # What other tools call the same thing.
 _ALIASES = {
@@ -119,6 +123,13 @@ def check_step_cache(step_cache: object, *, built: bool) -> int:
             f"step_cache is {steps}, but this bundle has no shallow steps; build it again with --step-cache"
         )
     return steps
+
+
+def check_rng(rng: str) -> Callable[[int], Noise]:
+    """Seed to stream; one of `RNGS`."""
+    if rng not in RNGS:
+        raise ConfigError(f"rng {rng!r} does not exist; use one of {', '.join(RNGS)}")
+    return RNGS[rng]
 
 
 def check_output_type(output_type: str) -> None:

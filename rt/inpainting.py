@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rt.errors import ConfigError
-from rt.noise import Generator
+from rt.noise import Noise
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +38,7 @@ class Inpainting:
     mean: Float32
     std: Float32
 
-    def around(self, noise: Generator) -> Float32:
+    def around(self, noise: Noise) -> Float32:
         """Latents (C, h, w) of the rest of the picture: the encoder gives a distribution, and this is one of it."""
         drawn: Float32 = self.mean + self.std * noise.randn(self.mean.shape)
         return drawn

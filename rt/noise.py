@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from operator import index
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,44 @@ from numpy.typing import NDArray
 from rt.errors import ConfigError
 
 BLOCK = 16
+
+
+def bits_of(seed: int) -> int:
+    """A seed as the unsigned 64-bit integer that torch takes it for.
+
+    Raises:
+        ConfigError: It does not fit.
+    """
+    if not -(2**63) <= index(seed) < 2**64:
+        raise ConfigError(f"seed {seed} does not fit into 64 bits: choose one from 0 to 2**64 - 1")
+    return index(seed) % 2**64
+
+
+def room(shape: Sequence[int], out: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """`out`, or a new array where there is none; raises as `Noise.randn`."""
+    if out is None:
+        return np.empty(shape, np.float32)
+    if out.shape != tuple(shape) or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ConfigError(
+            f"out is {out.dtype} {out.shape} with strides {out.strides}: "
+            f"expected C-contiguous float32 {tuple(shape)}"
+        )
+    return out
+
+
+class Noise(Protocol):
+    """A stream of standard normals."""
+
+    def randn(self, shape: Sequence[int], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """The next ones of the stream.
+
+        Args:
+            shape: Of the result; () is one value.
+            out: float32, C-contiguous, of that shape; filled and returned.
+
+        Raises:
+            ConfigError: `out` is of another shape, type or layout.
+        """
 
 
 class Generator:
@@ -39,30 +78,14 @@ class Generator:
     """
 
     def __init__(self, seed: int) -> None:
-        if not -(2**63) <= index(seed) < 2**64:
-            raise ConfigError(f"seed {seed} does not fit into 64 bits: choose one from 0 to 2**64 - 1")
         # NumPy has frozen RandomState's streams, and `randint` below a power of two takes the low bits of the
         # MT19937 outputs (two of them, high word first, beyond 32 bits): exactly torch's uniforms.
-        self._engine = np.random.RandomState(index(seed) % 2**32)
+        self._engine = np.random.RandomState(bits_of(seed) % 2**32)
         self._spare: float | None = None
 
     def randn(self, shape: Sequence[int], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """The next standard normals of the stream.
-
-        Args:
-            shape: Of the result; () is one value.
-            out: float32, C-contiguous, of that shape; filled and returned.
-
-        Raises:
-            ConfigError: `out` is of another shape, type or layout.
-        """
-        if out is None:
-            out = np.empty(shape, np.float32)
-        elif out.shape != tuple(shape) or out.dtype != np.float32 or not out.flags.c_contiguous:
-            raise ConfigError(
-                f"out is {out.dtype} {out.shape} with strides {out.strides}: "
-                f"expected C-contiguous float32 {tuple(shape)}"
-            )
+        """See `Noise`."""
+        out = room(shape, out)
         z = out.reshape(-1)
         if z.size < BLOCK:
             for i in range(z.size):

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import index
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rt.errors import ConfigError
+from rt.noise import bits_of, room
 
 Words = NDArray[np.uint32]
 BLOCK = 256
@@ -58,9 +57,8 @@ def key_of(seed: int) -> tuple[int, int]:
     Raises:
         ConfigError: The seed does not fit into 64 bits.
     """
-    if not -(2**63) <= index(seed) < 2**64:
-        raise ConfigError(f"seed {seed} does not fit into 64 bits: choose one from 0 to 2**64 - 1")
-    return index(seed) % 2**32, index(seed) >> 32 & 0xFFFFFFFF
+    bits = bits_of(seed)
+    return bits % 2**32, bits >> 32
 
 
 class CudaGenerator:
@@ -83,22 +81,8 @@ class CudaGenerator:
         self._offset = 0
 
     def randn(self, shape: Sequence[int], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """The next standard normals of the stream.
-
-        Args:
-            shape: Of the result; () is one value.
-            out: float32, C-contiguous, of that shape; filled and returned.
-
-        Raises:
-            ConfigError: `out` is of another shape, type or layout.
-        """
-        if out is None:
-            out = np.empty(shape, np.float32)
-        elif out.shape != tuple(shape) or out.dtype != np.float32 or not out.flags.c_contiguous:
-            raise ConfigError(
-                f"out is {out.dtype} {out.shape} with strides {out.strides}: "
-                f"expected C-contiguous float32 {tuple(shape)}"
-            )
+        """See `Noise`."""
+        out = room(shape, out)
         if out.size:
             threads = threads_of(out.size, *self._gpu)
             calls = -(-out.size // (4 * threads))  # of a thread, for four values each

@@ -24,6 +24,7 @@ from rt.arguments import (
     check_negative_prompts,
     check_output_type,
     check_prompts,
+    check_rng,
     check_seeds,
     check_step_cache,
     check_tensor_inputs,
@@ -39,7 +40,6 @@ from rt.errors import ConfigError
 from rt.images import to_pil
 from rt.inpainting import Inpainting, Picture
 from rt.model import Component
-from rt.noise import Generator
 from rt.plan import plan
 from rt.samplers import Schedule, Scheduler, shorten
 from rt.session import Loop, OnStep, Row, RowState, Session, check_finite
@@ -178,6 +178,7 @@ class Pipeline:
         mask_image: Picture | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         step_cache: int = 1,
+        rng: str = "cpu",
         **unknown: object,
     ) -> PipelineOutput:
         """Draw `num_images_per_prompt` pictures of each prompt, prompt by prompt.
@@ -211,6 +212,8 @@ class Pipeline:
                 outside cost half, and the picture is another one.
             step_cache: Of so many steps only one runs the whole U-Net, see `rt.samplers.shorten`; for a bundle that
                 was built with --step-cache. 1 runs it at every step; more is faster, and the picture is another one.
+            rng: "cpu" or "cuda": whose random numbers the seeds mean, those of torch on a CPU, as diffusers recommends,
+                or on an NVIDIA GPU. Either can be had on any machine.
 
         Raises:
             ArgumentError: For a keyword that does not exist, with the nearest that does.
@@ -225,6 +228,7 @@ class Pipeline:
         repeats = check_count(num_images_per_prompt)
         count = repeats * len(prompts)
         seeds = check_seeds(seed, count)
+        stream = check_rng(rng)
         check_output_type(output_type)
         shown = check_tensor_inputs(callback_on_step_end_tensor_inputs)
         guidance_scale, guidance_rescale = check_guidance(guidance_scale, guidance_rescale)
@@ -251,7 +255,7 @@ class Pipeline:
             rows = [
                 Row(
                     schedule=schedule,
-                    noise=Generator(seeds[index]),
+                    noise=stream(seeds[index]),
                     cond=pairs[index // repeats][0],
                     uncond=pairs[index // repeats][1],
                     guidance_scale=guidance_scale,

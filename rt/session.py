@@ -15,7 +15,7 @@ from rt.errors import ConfigError, NumericsError
 from rt.images import postprocess
 from rt.inpainting import Inpainting
 from rt.model import Component, ModelSpec
-from rt.noise import Generator
+from rt.noise import Noise
 from rt.plan import PlannedStep, StepProgram, plan
 from rt.samplers import Schedule
 from rt.shapes import ShapeProfile
@@ -42,7 +42,7 @@ class Row:
     """
 
     schedule: Schedule
-    noise: Generator
+    noise: Noise
     cond: Conditioning
     uncond: Conditioning | None
     guidance_scale: float

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rt.errors import NumericsError
-from rt.noise import Generator
+from rt.noise import Noise
 from rt.samplers import Schedule
 from rt.samplers.packed import RING_H, RING_X, ring_weights
 
@@ -41,7 +41,7 @@ class Trajectory:
         self,
         schedule: Schedule,
         *,
-        noise: Generator,
+        noise: Noise,
         guidance_scale: float,
         guidance_rescale: float = 0.0,
         latents: Float32 | None = None,

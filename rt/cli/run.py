@@ -12,6 +12,7 @@ import click
 import numpy as np
 
 import rt
+from rt.arguments import RNGS
 from rt.backends import AUTO, BACKENDS
 from rt.bundle import LoraRecord
 from rt.errors import ConfigError
@@ -60,6 +61,12 @@ def interval(text: str) -> tuple[float, float]:
 )
 @click.option("--seed", type=int, help="Of the first picture; the others count up.  [default: random]")
 @click.option(
+    "--rng",
+    type=click.Choice([*RNGS]),
+    default="cpu",
+    help="Whose random numbers the seed means: torch's on a CPU or on an NVIDIA GPU, here or there.  [default: cpu]",
+)
+@click.option(
     "--scheduler", help=f"Sampler: {', '.join(SAMPLERS)}; or a diffusers class.  [default: the model's]"
 )
 @click.option("--spacing", type=click.Choice(SPACINGS), help="Of the timesteps.  [default: the model's]")
@@ -88,6 +95,7 @@ def command(
     guidance_interval: tuple[float, float],
     step_cache: int,
     seed: int | None,
+    rng: str,
     scheduler: str | None,
     spacing: str | None,
     image: Path | None,
@@ -139,6 +147,7 @@ def command(
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
             seed=seeds,
+            rng=rng,
             scheduler=sampler,
             image=image,
             mask_image=mask,
@@ -151,6 +160,8 @@ def command(
         settings["CFG interval"] = " to ".join(f"{part:g}" for part in guidance_interval)
     if step_cache > 1:
         settings["Step cache"] = step_cache
+    if rng == "cpu":  # other tools take it for a GPU's where nothing is said
+        settings["RNG"] = "CPU"
     for path, picture, used, prompt in zip(paths, result.images, seeds, asked, strict=True):
         metadata = ImageMetadata(
             prompt=prompt,

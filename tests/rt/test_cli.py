@@ -129,6 +129,7 @@ def test_run_prints_the_path_alone_and_writes_a_picture_of_the_size(
     with Image.open(tmp_path / "heart.png") as image:
         assert image.size == (64, 64)
         assert "a red heart" in image.info["parameters"] and "Seed: 7" in image.info["parameters"]
+        assert ", RNG: CPU, " in image.info["parameters"]
 
 
 def test_underscores_are_dashes(rt: Rt, demo_bundle: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from rt.errors import (
     ShapeError,
 )
 from rt.model import Component
+from rt.philox import CudaGenerator
 from rt.samplers import Scheduler
 from rt.shapes import ShapeProfile
 
@@ -670,3 +671,13 @@ def test_a_bundle_that_cannot_be_opened_opens_no_device(demo_bundle, monkeypatch
     monkeypatch.setattr("rt.pipeline.Engines", lambda *_: pytest.fail("opened first"))
     with pytest.raises(BundleError, match="no tokenizer"):
         rt.Pipeline.from_bundle(demo_bundle)
+
+
+def test_the_seeds_of_a_gpu_begin_from_its_noise(pipe, words):
+    arguments = {"prompt": words(), "output_type": "latent", "num_inference_steps": 2, "scheduler": "ddim"}
+    got = pipe(rng="cuda", seed=5, **arguments).images[0]
+    given = CudaGenerator(5).randn((1, *got.shape))
+    np.testing.assert_array_equal(got, pipe(latents=given, **arguments).images[0])
+    assert np.abs(got - pipe(seed=5, **arguments).images[0]).max() > 0.1
+    with pytest.raises(ConfigError, match=r"^rng 'gpu' does not exist; use one of cpu, cuda$"):
+        pipe(rng="gpu", **arguments)
