@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -112,18 +111,13 @@ class InductorCpu:
     form = Form.INDUCTOR_CPU
 
     def available(self) -> Availability:
-        """Whether torch is installed and loads."""
+        """Whether torch is installed. It is not imported: that takes seconds, and most who ask use another backend."""
         try:
-            installed = version("torch")
+            return Availability(version=f"torch {version('torch')}")
         except PackageNotFoundError:
             return Availability(
                 version=None, problem="torch is not installed; run: " + install_line(self.name)
             )
-        try:
-            import_module("torch")
-        except Exception as error:  # a missing system library, a package for another processor
-            return broken(installed, error)
-        return Availability(version=f"torch {installed}")
 
     def refuses(self, dtype: DType) -> str:
         """int8: torch computes what the graph says of it in floats, slower than without."""
@@ -166,12 +160,14 @@ class Inductor(InductorCpu):
         self._open_device = open_device
 
     def available(self) -> Availability:
-        """Whether torch is installed and loads, and whether there is a GPU that it can use."""
+        """Whether torch is installed, and whether there is a GPU that it can use, for which alone it is imported."""
         found = super().available()
         if found.problem or (missing := gpu_problem()):
             return found if found.problem else Availability(version=found.version, problem=missing)
-        import torch
-
+        try:
+            import torch
+        except Exception as error:  # a missing system library, a package for another processor
+            return broken(str(found.version), error)
         if torch.cuda.is_available():
             return found
         if torch.version.cuda is None:
