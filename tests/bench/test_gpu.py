@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,7 +18,7 @@ from click.testing import CliRunner
 from rt.bench.gpu import command
 from rt.bench.gpu_parts.apart import Ended, apart
 from rt.bench.gpu_parts.bars import bars
-from rt.bench.gpu_parts.part import Context, Part, choose
+from rt.bench.gpu_parts.part import Context, choose
 from rt.bench.gpu_parts.parts import PARTS
 from rt.bench.gpu_parts.record import DRY, Gpu, Outcome, Run, Status, newest
 from rt.bench.gpu_parts.run import run_parts
@@ -28,6 +26,10 @@ from rt.bench.gpu_parts.table import Section, render, sections, text
 from rt.bench.gpu_parts.trace import summary
 from rt.bench.record import Provenance
 from rt.errors import ConfigError
+
+# The process of a part imports what it runs by name, and is given this path.
+sys.path.append(str(Path(__file__).parent))
+from fake_part import Fake
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = Gpu(
@@ -63,30 +65,6 @@ def outcome(status: Status = Status.DONE, **figures: Any) -> Outcome:
 
 
 # Parts that live here, so that a process of their own can import them.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fake(Part):
-    """A part that does what its arguments say."""
-
-    module: str = ""
-    title: str = "Fake"
-    minutes: float = 0.1
-
-    def run(self, context: Context) -> Iterator[dict[str, int]]:
-        yield {"figure": context.seed}
-        if "sleep" in self.arguments:
-            child = subprocess.Popen(["sleep", "600"])
-            yield {"figure": context.seed, "child": child.pid}
-            time.sleep(600)
-        if "go on" in self.arguments:
-            yield {"figure": context.seed, "before": context.before.get("more", 0)}
-        if "raise" in self.arguments:
-            raise ValueError("the first line\nthe second")
-        if "die" in self.arguments:
-            os._exit(3)
-        print("all is well")
-        yield {"figure": context.seed, "more": 1}
 
 
 def test_both_ways_to_start_it_and_no_part_by_another_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import getpass
 import json
+import platform
 import weakref
 import zipfile
 from dataclasses import replace
@@ -362,7 +363,7 @@ def gpu_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
     weight = Weight(offset=0, dtype="float32", shape=(1,), stride=(1,))
     about = About(
         torch=torch.__version__,
-        machine="",
+        machine=platform.machine(),
         instructions=(),
         capability=90,
         file="unet.weights",

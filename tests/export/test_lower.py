@@ -31,7 +31,7 @@ def fresh(*shape: int, dtype: type = np.float32) -> np.ndarray:
 
 
 def test_weights_are_written_once_on_pages_and_read_back(tmp_path: Path) -> None:
-    first, second = fresh(33, 7), fresh(5, dtype=np.float16)
+    first, second = fresh(33, 9), fresh(600, dtype=np.float16)
     with WeightFile(tmp_path / "w.weights") as store:
         references = [store.add(tensor(array)) for array in (first, second, first.copy())]
     assert [reference.offset for reference in references] == [0, 4096, 0]

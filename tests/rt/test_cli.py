@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rt.backends import BACKENDS, ON_HOST, Availability, get, openvino_cpu, ort_cpu
+from rt.backends import BACKENDS, ON_HOST, Availability, get, inductor, openvino_cpu, ort_cpu
 from rt.bundle import MANIFEST, Bundle
 from rt.cli.main import main
 
@@ -458,7 +458,7 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise PackageNotFoundError(package)
             return version(package)
 
-        for module in (openvino_cpu, ort_cpu):
+        for module in (openvino_cpu, ort_cpu, inductor):
             monkeypatch.setattr(module, "version", found)
 
     return hide
@@ -467,7 +467,7 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_no_engine_installed_is_code_4_with_the_commands(
     rt: Rt, demo_bundle: Path, hide: Callable[..., None]
 ) -> None:
-    hide(*ON_HOST)
+    hide(*ON_HOST, "torch")
     for args in (
         ("run", demo_bundle, "--prompt", "x"),
         ("verify", demo_bundle),
@@ -475,7 +475,7 @@ def test_no_engine_installed_is_code_4_with_the_commands(
     ):
         result = rt(*args)
         assert result.code == 4
-        for name in ON_HOST:
+        for name in ("openvino", "onnxruntime"):
             assert f'{name} (not installed; run: pip install "{name}>=' in result.error
 
 
@@ -559,9 +559,9 @@ def test_memory_and_interrupts_have_their_codes(
 def test_a_signal_while_drawing_is_code_130_and_leaves_nothing(
     demo_bundle: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    ready = "import rt.session as s; loop = s.Session.denoise\n" + (
-        "def denoise(self, *args):\n print('drawing', flush=True)\n return loop(self, *args)\n"
-        "s.Session.denoise = denoise\nfrom rt.cli import main; main()"
+    ready = "import rt.session as s; loop = s.Session.run\n" + (
+        "def run(self, *args):\n print('drawing', flush=True)\n return loop(self, *args)\n"
+        "s.Session.run = run\nfrom rt.cli import main; main()"
     )
     command = [
         sys.executable,

@@ -636,7 +636,7 @@ def test_replaced_latents_are_not_read_first(device_pipe, words):
         return {"latents": other}
 
     device_pipe(words(), callback_on_step_end=replace, callback_on_step_end_tensor_inputs=[], **FAST)
-    assert "synchronise" in names[1] and "download" not in names[1]
+    assert "wait" in names[1] and "download" not in names[1]
     with pytest.raises(
         ConfigError, match=re.escape("the callback gave latents (4, 16, 16); expected (1, 4, 16, 16)")
     ):
