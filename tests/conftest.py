@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -28,8 +30,12 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`build_bundle(model, dtype="fp32", batch_size=(1,), step_cache=False)`: each is built once a session."""
-    built: dict[tuple[object, ...], Path] = {}
+    """`build_bundle(model, dtype="fp32", batch_size=(1,), step_cache=False)`: each is built once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose own folder it is
+        folder = folder.parent
+    folder = folder / "bundles"
+    folder.mkdir(exist_ok=True)
 
     def build_once(
         model: str | Path, dtype: str = "fp32", batch_size: tuple[int, ...] = (1,), step_cache: bool = False
@@ -39,16 +45,17 @@ def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         from rt.export.checkpoint import open_checkpoint
 
         key = (str(model), dtype, batch_size, step_cache)
-        if key not in built:
-            checkpoint = open_checkpoint(str(model))
-            profiles = default_profiles(checkpoint, batch_size=batch_size)
-            path = tmp_path_factory.mktemp("bundles") / "bundle"
-            config = BuildConfig(
-                profiles=profiles, dtype=DType(dtype), backend="openvino", step_cache=step_cache
-            )
-            build(checkpoint, path, config)
-            built[key] = path
-        return built[key]
+        path = folder / re.sub(r"\W+", "-", repr(key))
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():  # a build appears whole
+                checkpoint = open_checkpoint(str(model))
+                profiles = default_profiles(checkpoint, batch_size=batch_size)
+                config = BuildConfig(
+                    profiles=profiles, dtype=DType(dtype), backend="openvino", step_cache=step_cache
+                )
+                build(checkpoint, path, config)
+        return path
 
     return build_once
 
