@@ -111,8 +111,10 @@ class OpenVINOEngine:
     def enqueue(self) -> None:
         """Run once. `infer()` would build a dictionary of results each time; this does not."""
         try:
-            self._request.start_async()
-            self._request.wait()
+            try:
+                self._request.start_async()
+            finally:  # Ctrl-C between the two would free arrays that are still being written
+                self._request.wait()
         except RuntimeError as error:
             raise failure("openvino failed while running", error, _last_line(error)) from error
 
