@@ -331,8 +331,30 @@ def test_an_engine_that_fails_while_running_is_one_line(
 
         run_with_iobinding = start_async
 
+        def wait(self) -> None:
+            """Returns at once, as of a request that was never started."""
+
     engine = load(name, demo.manifest.engines[-1])
     setattr(engine, "_request" if name == "openvino" else "_session", Broken())
     with pytest.raises(BackendError, match=f"^{name} failed while running: .*went out$") as error:
         engine.enqueue()
     assert "\n" not in str(error.value)
+
+
+def test_ctrl_c_does_not_leave_openvino_computing(
+    demo: Bundle, load: Callable[[str, EngineRecord], Engine]
+) -> None:
+    waited = []
+
+    class Interrupted:
+        def start_async(self) -> None:
+            raise KeyboardInterrupt
+
+        def wait(self) -> None:
+            waited.append(True)
+
+    engine = load("openvino", demo.manifest.engines[-1])
+    setattr(engine, "_request", Interrupted())  # noqa: B010  # it is no attribute of an Engine
+    with pytest.raises(KeyboardInterrupt):
+        engine.enqueue()
+    assert waited == [True]
