@@ -8,7 +8,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,39 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Speed:
+    """How many times longer work takes here and now than on the machine that the limits of tests were chosen on."""
+
+    REFERENCE_S = 0.042  # of the loop below, on a free core of an AMD EPYC (Zen 5)
+    EVERY_S = 30.0  # what else the machine does changes
+
+    def __init__(self) -> None:
+        self._slowness, self._measured = 1.0, -self.EVERY_S
+
+    def slowness(self) -> float:
+        """At least 1; measured anew now and then, and the worst so far, because load comes and goes."""
+        started = time.perf_counter()
+        if started - self._measured > self.EVERY_S:
+            total = 0
+            for i in range(1_000_000):
+                total += i
+            self._measured = time.perf_counter()
+            self._slowness = max(self._slowness, (self._measured - started) / self.REFERENCE_S)
+        return self._slowness
+
+
+SPEED = Speed()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Before pytest-timeout reads the limit of a test: as much longer as this machine is slower."""
+    own = item.get_closest_marker("timeout")
+    limit = float(own.args[0] if own else item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(limit * SPEED.slowness()), append=False)
+    return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -246,7 +246,6 @@ def python(code: str, *, cwd: Path, **environment: str) -> str:
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

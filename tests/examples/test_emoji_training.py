@@ -23,7 +23,6 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(CODE / name), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 

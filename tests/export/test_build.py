@@ -388,7 +388,7 @@ def test_a_signal_to_the_command_leaves_no_bundle(tmp_path: Path, number: signal
             assert child.poll() is None, child.communicate()
             time.sleep(0.05)
         child.send_signal(number)
-        out, err = child.communicate(timeout=120)
+        out, err = child.communicate()
     assert out == "" and not (tmp_path / "bundle").exists()
     if number is not signal.SIGKILL:
         assert (child.returncode, err.strip()) == (130, "error: interrupted")

@@ -83,7 +83,7 @@ def kill_builder_at(word: str, target: Path, number: signal.Signals, *options: s
             if nth == 0:
                 child.send_signal(number)
                 break
-        return child.wait(timeout=20)
+        return child.wait()
 
 
 def test_what_the_block_wrote_is_there_and_nothing_else(tmp_path: Path) -> None:

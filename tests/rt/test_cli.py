@@ -581,7 +581,7 @@ def test_a_signal_while_drawing_is_code_130_and_leaves_nothing(
     ) as child:
         assert child.stdout and child.stdout.readline() == "drawing\n"
         child.send_signal(number)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate()
     assert (child.returncode, out, err) == (130, "", "\nerror: interrupted\n")
     assert not any(tmp_path.iterdir())
 

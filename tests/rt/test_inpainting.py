@@ -223,7 +223,7 @@ def test_command_line(bundle: Path, tmp_path: Path) -> None:
             "2",
             *arguments,
         ]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     drawn = rt("--image", "in.png", "--mask", "mask.png", "-o", "out.png")
     assert drawn.returncode == 0, drawn.stderr
