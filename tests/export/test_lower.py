@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rt.backends import Form, get
 from rt.bundle import Bundle
 from rt.config import DType
+from rt.export import torch_tables
 from rt.export.lower import OPSET, WeightFile, lower
 from rt.export.program import Program
 from rt.model import Component
@@ -153,3 +154,43 @@ def test_every_graph_of_a_bundle_is_valid(demo_bundle: Path) -> None:
         assert [value.name for value in graph.graph.input] == [spec.name for spec in record.inputs]
         assert [value.name for value in graph.graph.output] == [spec.name for spec in record.outputs]
         assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+
+
+def test_the_tables_of_torch_are_made_once_and_no_export_writes_into_those_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._export import utils
+    from torch.onnx._internal.exporter import _registration
+
+    made = []
+    original = _registration.ONNXRegistry.__dict__["from_torchlib"]
+    monkeypatch.setattr(torch_tables, "_TRANSLATIONS", {})
+    monkeypatch.setattr(
+        _registration.ONNXRegistry,
+        "from_torchlib",
+        classmethod(lambda cls, **how: made.append(1) or original.__get__(None, cls)(**how)),
+    )
+    counted = _registration.ONNXRegistry.__dict__["from_torchlib"]
+    look_up = utils._materialize_cpp_cia_ops
+    with torch_tables.tables_made_once():
+        first = _registration.ONNXRegistry.from_torchlib(opset_version=21)
+        first.register_op(torch.ops.aten.relu.default, lambda x: x)
+        second = _registration.ONNXRegistry.from_torchlib(opset_version=21)
+    with torch_tables.tables_made_once():
+        third = _registration.ONNXRegistry.from_torchlib(opset_version=21)
+    assert len(made) == 1
+    relu = torch.ops.aten.relu.default
+    assert [table.get_decomps(relu)[0].is_custom for table in (first, second, third)] == [True, False, False]
+    assert _registration.ONNXRegistry.__dict__["from_torchlib"] is counted
+    assert utils._materialize_cpp_cia_ops is look_up
+
+
+def test_a_torch_without_these_tables_exports_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._export import utils
+    from torch.onnx._internal.exporter import _registration
+
+    monkeypatch.delattr(_registration, "ONNXRegistry")
+    monkeypatch.delattr(utils, "_materialize_cpp_cia_ops")
+    with torch_tables.tables_made_once():
+        pass
+    assert not hasattr(_registration, "ONNXRegistry") and not hasattr(utils, "_materialize_cpp_cia_ops")
