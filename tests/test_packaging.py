@@ -27,6 +27,7 @@ PACKAGES = ("rt", *(f"rt.{name}" for name in MAPPED))
 LEVELS = (
     "errors",
     "expression",
+    "json_file",
     "kernel_image",
     "shapes",
     "config",
