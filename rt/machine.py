@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rt.backends import cpu_count
+from rt.decode import decode
 
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8", "sve")
 
@@ -47,8 +48,8 @@ class Machine:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Machine:
-        """From the `asdict` of one."""
-        return cls(**{**data, "features": tuple(data["features"])})
+        """From the `asdict` of one; raises as `decode`."""
+        return decode(cls, data, "machine")
 
     @property
     def kind(self) -> str:
