@@ -17,18 +17,18 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rt import contract
-from rt.backends import Backend
+from rt.backends import Backend, cpu_count
 from rt.config import BuildConfig, DType
 from rt.decode import decode, short
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
 from rt.json_file import parse_json, read_bounded
 from rt.kernel_image import KernelImage
 from rt.model import Component, ModelSpec
+from rt.process import in_threads
 from rt.shapes import ShapeProfile, TensorSpec
 
 FORMAT = "rt-bundle"
@@ -331,12 +331,11 @@ class Bundle:
                 raise IntegrityError(
                     f"{self.path / name} is not in the bundle's manifest; build or copy the bundle again"
                 )
-        with ThreadPoolExecutor() as pool:
-            for name, sha256 in zip(chosen, pool.map(self._hash, chosen), strict=True):
-                if sha256 != self.manifest.files[name].sha256:
-                    raise IntegrityError(
-                        f"{self.path / name} is damaged: its sha256 differs; build or copy the bundle again"
-                    )
+        for name, sha256 in zip(chosen, in_threads(self._hash, chosen, cpu_count()), strict=True):
+            if sha256 != self.manifest.files[name].sha256:
+                raise IntegrityError(
+                    f"{self.path / name} is damaged: its sha256 differs; build or copy the bundle again"
+                )
 
     def _hash(self, name: str) -> str:
         try:

@@ -43,6 +43,8 @@ LEVELS = (
     "progress",
     "cuda",
     "samplers",
+    "process",
+    "processors",
     "backends",
     "machine",
     "bundle",
