@@ -17,22 +17,25 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from rt.backends import Backend
+from rt import contract
+from rt.backends import Backend, cpu_count
 from rt.config import BuildConfig, DType
+from rt.decode import decode, short
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
+from rt.json_file import parse_json, read_bounded
 from rt.kernel_image import KernelImage
 from rt.model import Component, ModelSpec
+from rt.process import in_threads
 from rt.shapes import ShapeProfile, TensorSpec
 
 FORMAT = "rt-bundle"
 SCHEMA = 4
 MANIFEST = "manifest.json"
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
+_ENVELOPE = ("format", "schema", "digest")
 _NO_DIGEST = b'"digest": "' + b"0" * 64 + b'"'
 
 
@@ -59,12 +62,6 @@ class PassRecord:
     nodes: tuple[int, int]
     flops: tuple[int, int]
     bytes: tuple[int, int]
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PassRecord:
-        """From the manifest."""
-        amounts: dict[str, tuple[int, int]] = {key: tuple(data[key]) for key in ("nodes", "flops", "bytes")}
-        return cls(name=data["name"], **amounts)
 
     def __str__(self) -> str:
         """Such as `sink: 1,073 → 1,079 nodes, 803.9 → 755.1 GFLOP, 5.12 → 4.80 GB`; what is the same stands once."""
@@ -139,22 +136,6 @@ class EngineRecord:
         form = next(form for form in backend.forms(self.dtype) if form in self.forms)
         return [self.forms[form]] if form.holds_weights else [self.forms[form], self.weights]
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:
-        """From the manifest."""
-        return cls(
-            **{
-                **data,
-                "component": Component(data["component"]),
-                "dtype": DType(data["dtype"]),
-                "profile": ShapeProfile(**data["profile"]) if data["profile"] else None,
-                "inputs": tuple(TensorSpec.from_json(spec) for spec in data["inputs"]),
-                "outputs": tuple(TensorSpec.from_json(spec) for spec in data["outputs"]),
-                "islands": tuple(data["islands"]),
-                "passes": tuple(PassRecord.from_json(record) for record in data["passes"]),
-            }
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRecord:
@@ -184,11 +165,6 @@ class SourceRecord:
     licence: str | None
     files: Mapping[str, str]
     loras: tuple[LoraRecord, ...] = ()
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SourceRecord:
-        """From the manifest."""
-        return cls(**{**data, "loras": tuple(LoraRecord(**lora) for lora in data.get("loras", ()))})
 
     @property
     def model_hash(self) -> str:
@@ -226,6 +202,22 @@ class Manifest:
                 )
         return ""
 
+    def _check_paths(self) -> None:
+        """Raise ValueError unless every path that is named is a file of the bundle."""
+        for engine in self.engines:
+            if not engine.forms:
+                raise ValueError(f"engine {short(engine.name)} has no form")
+            for path in (*engine.forms.values(), engine.weights, engine.reference):
+                if path not in self.files:
+                    raise ValueError(
+                        f"engine {short(engine.name)} names {short(path)}, which is not a file of the bundle"
+                    )
+        for kernel in self.kernels:
+            if kernel.file not in self.files:
+                raise ValueError(
+                    f"kernel {short(kernel.name)} names {short(kernel.file)}, which is not a file of the bundle"
+                )
+
     def to_bytes(self) -> bytes:
         """The manifest file, its own sha256 (taken with the digest's digits all zero) in it."""
         body = {
@@ -255,7 +247,7 @@ class Manifest:
             IntegrityError: When a byte of it has changed.
         """
         try:
-            body = json.loads(raw)
+            body = parse_json(raw)
         except ValueError as error:
             raise IntegrityError(
                 f"{path} is damaged: not JSON ({error}); build or copy the bundle again"
@@ -271,24 +263,18 @@ class Manifest:
         # Every later schema keeps the digest, so that a damaged byte is never taken for a newer version.
         if body.get("schema") != SCHEMA:
             raise IncompatibleBundleError(
-                f"{path} has schema {body.get('schema')!r}, and this rt reads {SCHEMA}: build it again, or use "
+                f"{path} has schema {short(body.get('schema'))}, and this rt reads {SCHEMA}: build it again, or use "
                 f"the rt that built it"
             )
         try:
-            return cls(
-                created=body["created"],
-                fingerprint=body["fingerprint"],
-                source=SourceRecord.from_json(body["source"]),
-                model=ModelSpec.from_json(body["model"]),
-                config=BuildConfig.from_json(body["config"]),
-                engines=tuple(EngineRecord.from_json(engine) for engine in body["engines"]),
-                kernels=tuple(KernelImage.from_json(kernel) for kernel in body["kernels"]),
-                versions=body["versions"],
-                files={name: FileRecord(**record) for name, record in body["files"].items()},
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            known = {key: value for key, value in body.items() if key not in _ENVELOPE}
+            manifest = decode(cls, known, "the manifest")
+            manifest._check_paths()
+            contract.check(manifest.model, manifest.engines)
+            return manifest
+        except ValueError as error:
             raise IncompatibleBundleError(
-                f"{path} was written by another version of rt ({type(error).__name__}: {error}); build it again"
+                f"{path} was written by another program or version of rt ({error}); build it again"
             ) from None
 
 
@@ -313,7 +299,7 @@ class Bundle:
         """
         path = Path(path)
         try:
-            raw = (path / MANIFEST).read_bytes()
+            raw = read_bounded(path / MANIFEST)
         except FileNotFoundError:
             what = "has no manifest.json" if path.is_dir() else "does not exist"
             raise BundleError(
@@ -324,7 +310,9 @@ class Bundle:
                 f"{path} is a file, not a bundle; a bundle is a directory that `rt build` made"
             ) from None
         except OSError as error:
-            raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+            raise BundleError(f"{path / MANIFEST} cannot be read: {error.strerror}") from None
+        except ValueError as error:  # a zero byte
+            raise BundleError(f"{str(path)!r} is no path: {error}") from None
         # Absolute: engines load later, perhaps from another working directory.
         bundle = cls(path.absolute(), Manifest.from_bytes(raw, path / MANIFEST))
         for name, record in bundle.manifest.files.items():
@@ -338,12 +326,16 @@ class Bundle:
             IntegrityError: With the first file that differs.
         """
         chosen = sorted(self.manifest.files if names is None else set(names))
-        with ThreadPoolExecutor() as pool:
-            for name, sha256 in zip(chosen, pool.map(self._hash, chosen), strict=True):
-                if sha256 != self.manifest.files[name].sha256:
-                    raise IntegrityError(
-                        f"{self.path / name} is damaged: its sha256 differs; build or copy the bundle again"
-                    )
+        for name in chosen:
+            if name not in self.manifest.files:
+                raise IntegrityError(
+                    f"{self.path / name} is not in the bundle's manifest; build or copy the bundle again"
+                )
+        for name, sha256 in zip(chosen, in_threads(self._hash, chosen, cpu_count()), strict=True):
+            if sha256 != self.manifest.files[name].sha256:
+                raise IntegrityError(
+                    f"{self.path / name} is damaged: its sha256 differs; build or copy the bundle again"
+                )
 
     def _hash(self, name: str) -> str:
         try:
@@ -355,9 +347,14 @@ class Bundle:
 
     def _check_size(self, name: str, record: FileRecord) -> None:
         file = self.path / name
-        # Differs for a name that leaves the bundle, and for a link anywhere on the way.
-        if os.path.realpath(file) != f"{os.path.realpath(self.path)}/{name}" or not file.is_file():
-            raise IntegrityError(f"{file} is missing or not a plain file; build or copy the bundle again")
+        try:
+            # Differs for a name that leaves the bundle, and for a link anywhere on the way.
+            inside = os.path.realpath(file) == f"{os.path.realpath(self.path)}/{name}" and file.is_file()
+        except (OSError, ValueError):  # a name that is too long or has a zero byte
+            inside = False
+        if not inside:
+            shown = file if name.isprintable() and len(name) < 256 else short(name)
+            raise IntegrityError(f"{shown} is missing or not a plain file; build or copy the bundle again")
         size = file.stat().st_size
         if size != record.size_bytes:
             raise IntegrityError(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from rt.decode import decode
 from rt.errors import ConfigError
 from rt.shapes import ShapeProfile
 
@@ -63,9 +64,8 @@ class BuildConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildConfig:
-        """From what `to_json` gave."""
-        profiles = tuple(ShapeProfile(**profile) for profile in data["profiles"])
-        return cls(**{**data, "profiles": profiles, "dtype": DType(data["dtype"])})
+        """From what `to_json` gave; raises as `decode`."""
+        return decode(cls, data, "config")
 
 
 def fingerprint(*parts: object) -> str:

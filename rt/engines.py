@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -12,11 +11,16 @@ from rt.backends import AUTO, DeviceBackend, DeviceEngine, Engine, choose, cpu_c
 from rt.backends.views import HostSide
 from rt.bundle import Bundle, EngineRecord
 from rt.cuda import Device, Stream
+from rt.decode import short
 from rt.errors import BundleError, ConfigError
 from rt.model import Component
+from rt.process import Calls, in_threads
 from rt.shapes import ShapeProfile
 
 logger = logging.getLogger(__name__)
+
+MOST_THREADS = 1024
+"""More than most machines have processors; the libraries would die of as many threads as somebody may ask for."""
 
 EngineKey = tuple[Component, ShapeProfile | None, bool]
 """What is run, at which shape (None for text), and whether with guidance (U-Net only)."""
@@ -36,7 +40,7 @@ class Engines:
     Args:
         bundle: Where the files are.
         backend: Name of a backend, or "auto".
-        threads: Processors to use; all that the process may use when None.
+        threads: Processors to use; as `rt.processors.cpu_count` when None.
 
     Raises:
         BackendUnavailableError, ConfigError: As `rt.backends.choose`; or the backend's device is not there.
@@ -48,21 +52,43 @@ class Engines:
     """
 
     def __init__(self, bundle: Bundle, backend: str = AUTO, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}; it must be at least 1, or None for all processors")
+        if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
+            raise ConfigError(
+                f"threads is {short(threads)}; it must be a whole number from 1 to {MOST_THREADS}, or None for all "
+                f"processors"
+            )
         config = bundle.manifest.config
         self.backend, self.reason = choose(
             backend, config.dtype, preferred=config.backend, unfit=bundle.manifest.unfit
         )
-        logger.info("%s", self.reason)
+        # Where it is not the engine that the bundle was measured with, the user should know.
+        unexpected = backend == AUTO and self.backend.name != config.backend
+        logger.log(logging.WARNING if unexpected else logging.INFO, "%s", self.reason)
         self.place: Place | None = None
         if isinstance(self.backend, DeviceBackend):
             device = self.backend.open_device()
             self.place = Place(device, device.create_stream())
         self._bundle = bundle
         self._threads = threads or cpu_count()
+        self._calls = Calls(self)
         self._verified: set[str] = set()
         self._loaded: dict[str, Engine] = {}
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked since something was loaded, which then neither runs nor can be given back."""
+        return self._calls.forked and (self.place is not None or bool(self._loaded))
+
+    def activate(self) -> None:
+        """Make this thread ready to use them.
+
+        Raises:
+            BackendError: In a process that was forked since.
+        """
+        if self.forked:
+            self._calls.check()
+        if self.place is not None:
+            self.place.device.activate()
 
     def load(self, keys: Iterable[EngineKey]) -> None:
         """Load what is not loaded yet, several at a time: compiling leaves processors idle.
@@ -78,10 +104,7 @@ class Engines:
         files = {name for record in missing for name in record.files(self.backend)} - self._verified
         self._bundle.verify(files)
         self._verified |= files
-        with ThreadPoolExecutor() as pool:
-            loading = [pool.submit(self._keep, record) for record in missing]
-        for each in loading:
-            each.result()  # raises what went wrong
+        in_threads(self._keep, missing, self._threads)
 
     def get(
         self, component: Component, profile: ShapeProfile | None = None, *, guided: bool = False
@@ -109,7 +132,9 @@ class Engines:
         return engine.engine
 
     def close(self) -> None:
-        """Give engines and device back; without a device, nothing needs it."""
+        """Give engines and device back; without a device, nothing needs it, and in a forked process nothing can."""
+        if self.forked:
+            return
         with ExitStack() as closing:  # from the last one to the first, past those that fail
             if self.place is not None:
                 device, stream = self.place.device, self.place.stream

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rt.decode import decode
 from rt.expression import evaluate
 
 Constant = int | float | bool | str
@@ -31,11 +32,6 @@ class TensorArgument:
     name: str
     shape: tuple[str, ...]
     dtype: str
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TensorArgument:
-        """From the manifest."""
-        return cls(name=data["name"], shape=tuple(data["shape"]), dtype=data["dtype"])
 
     def extent(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for `sizes`."""
@@ -105,16 +101,5 @@ class KernelImage:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KernelImage:
-        """From what `to_json` gave."""
-
-        def arguments(values: Sequence[Mapping[str, Any]]) -> tuple[TensorArgument, ...]:
-            return tuple(TensorArgument.from_json(value) for value in values)
-
-        return cls(
-            **{
-                **data,
-                "inputs": arguments(data["inputs"]),
-                "outputs": arguments(data["outputs"]),
-                "grid": tuple(data["grid"]),
-            }
-        )
+        """From what `to_json` gave; raises as `decode`."""
+        return decode(cls, data, "kernel")

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rt.backends import cpu_count
+from rt.decode import decode
+from rt.processors import Processors, cpuinfo, processor_flags
 
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8", "sve")
 
@@ -35,33 +36,22 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """This one."""
-        info = _cpuinfo()
-        flags = f"{info.get('flags', '')} {info.get('Features', '')}".split()
+        flags = processor_flags()
         return cls(
             system=f"{platform.system()} {platform.machine()}",
-            processor=info.get("model name") or platform.processor() or platform.machine(),
-            cores=cpu_count(),
+            processor=cpuinfo().get("model name") or platform.processor() or platform.machine(),
+            cores=Processors.here().usable,
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             features=tuple(feature for feature in _FEATURES if feature in flags),
         )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Machine:
-        """From the `asdict` of one."""
-        return cls(**{**data, "features": tuple(data["features"])})
+        """From the `asdict` of one; raises as `decode`."""
+        return decode(cls, data, "machine")
 
     @property
     def kind(self) -> str:
         """The processor's name, fit for a file name: "Intel(R) Xeon(R) CPU @ 2.10GHz" is "xeon"."""
         words = re.sub(r"\((r|tm)\)|@.*|\b(amd|intel|cpu|processor|\d+-core)\b", " ", self.processor.lower())
         return "-".join(re.findall(r"[a-z0-9]+", words)) or "unknown"
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry, where the system has one."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            pairs = (line.partition(":") for line in file.read().partition("\n\n")[0].splitlines())
-            return {key.strip(): value.strip() for key, _, value in pairs}
-    except OSError:
-        return {}

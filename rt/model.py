@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from rt.decode import decode
+
 
 class Component(str, Enum):
     """A network of the model, or the part of one that is compiled on its own.
@@ -76,6 +78,5 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """From what `to_json` gave."""
-        encoders = tuple(Component(name) for name in data["text_encoders"])
-        return cls(**{**data, "family": Family(data["family"]), "text_encoders": encoders})
+        """From what `to_json` gave; raises as `decode`."""
+        return decode(cls, data, "model")

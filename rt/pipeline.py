@@ -41,6 +41,7 @@ from rt.images import to_pil
 from rt.inpainting import Inpainting, Picture
 from rt.model import Component
 from rt.plan import plan
+from rt.process import on_fork
 from rt.samplers import Schedule, Scheduler, shorten
 from rt.session import Loop, OnStep, Row, RowState, Session, check_finite
 from rt.shapes import ShapeProfile, choose_size, split_batch
@@ -104,6 +105,7 @@ class Pipeline:
         self._lock = RLock()
         self._drawing = False
         self._closed = False
+        on_fork(self, Pipeline._unlock)
         # The last step: there is nothing after it that could fail, and leave a device open.
         self.engines = Engines(bundle, backend, threads)
 
@@ -128,6 +130,9 @@ class Pipeline:
     def close(self) -> None:
         """Give sessions, engines and a GPU's memory back; a pipeline that is closed cannot draw."""
         if self._closed:
+            return
+        if self.engines.forked:
+            self._closed = True
             return
         with self._turn(), ExitStack() as closing:  # from the last one to the first, past those that fail
             self._closed = True
@@ -291,13 +296,17 @@ class Pipeline:
                 raise ConfigError("a callback cannot draw with the pipeline that calls it: open a second one")
             if self._closed:
                 raise ConfigError("this pipeline is closed: open the bundle again")
+            self.engines.activate()
             self._drawing = True
-            if self.engines.place is not None:
-                self.engines.place.device.activate()
             try:
                 yield
             finally:
                 self._drawing = False
+
+    def _unlock(self) -> None:
+        """In a forked process, where a thread of the parent's that was drawing is no more."""
+        self._lock = RLock()
+        self._drawing = False
 
     def _load(
         self, size: tuple[int, int], count: int, schedule: Schedule, *, guided: bool, decode: bool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from rt.errors import ShapeError
 
@@ -16,11 +15,6 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> TensorSpec:
-        """From the manifest."""
-        return cls(name=data["name"], shape=tuple(data["shape"]), dtype=data["dtype"])
 
 
 @dataclass(frozen=True, order=True)

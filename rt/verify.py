@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from rt.backends import Array, Backend, Engine, cpu_count
 from rt.bundle import Bundle, EngineRecord
 from rt.config import DType
-from rt.errors import AccuracyError, NumericsError
+from rt.errors import AccuracyError, IntegrityError, NumericsError
 
 # Relative L2 distance from torch in fp32 that tells a wrong graph from rounding. Measured on real and random weights:
 # 1e-6 for fp32, 4e-3 for fp16, 1.5e-2 for bf16, 6.2e-2 for int8; a graph with one wrong op is off by 0.1 or more.
@@ -33,9 +34,9 @@ def compare(engine: Engine, reference: Path, *, name: str, dtype: DType) -> dict
     Raises:
         NumericsError: When an output is not finite.
         AccuracyError: When one is farther off than `TOLERANCE`.
+        IntegrityError: When the reference is not of this engine.
     """
-    with np.load(reference, allow_pickle=False) as file:
-        arrays = dict(file)
+    arrays = _read_reference(reference, engine)
     for buffer in engine.outputs.values():
         buffer.fill(np.nan)  # an output that the engine leaves alone must not pass
     for key, value in arrays.items():
@@ -58,6 +59,28 @@ def compare(engine: Engine, reference: Path, *, name: str, dtype: DType) -> dict
                 f"more than {TOLERANCE[dtype]:.0e} for {dtype.value}; build with --dtype fp32 or another --backend"
             )
     return errors
+
+
+def _read_reference(path: Path, engine: Engine) -> dict[str, Array]:
+    shapes = {f"input.{name}": array.shape for name, array in engine.inputs.items()}
+    shapes |= {f"output.{name}": array.shape for name, array in engine.outputs.items()}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in shapes}
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        BadZipFile,
+    ):  # an array alone is no archive
+        arrays = {}
+    if {name: array.shape for name, array in arrays.items()} != shapes:
+        raise IntegrityError(
+            f"{path} does not hold inputs and outputs of its engine; build or copy the bundle again"
+        )
+    return arrays
 
 
 def check(record: EngineRecord, folder: Path, backend: Backend) -> dict[str, float]:

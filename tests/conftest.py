@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import it without rt
 # A run that was started in the background ignores Ctrl-C, and would hand that on to the commands under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from rt.backends.base import Array, Availability, Backend, DeviceBackend, DeviceEngine, Engine, Form
@@ -12,6 +11,7 @@ from rt.backends.ort_cpu import OnnxRuntime
 from rt.backends.tensorrt import CLASSIC, RTX, TensorRT
 from rt.config import DType
 from rt.errors import BackendUnavailableError, ConfigError, nearest
+from rt.processors import cpu_count
 
 __all__ = [
     "AUTO",
@@ -116,8 +116,3 @@ def choose_target(name: str, dtype: DType) -> tuple[Backend, str]:
 def _arithmetic(backend: Backend, dtype: DType) -> str:
     floats = backend.arithmetic(dtype)
     return f"int8 and {floats}" if dtype is DType.INT8 else floats
-
-
-def cpu_count() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

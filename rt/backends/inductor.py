@@ -31,6 +31,8 @@ from rt.cuda.driver import CudaDevice
 from rt.cuda.probe import gpu_problem
 from rt.errors import BackendError, IncompatibleBundleError
 from rt.extras import install_line
+from rt.process import Calls, library
+from rt.processors import processor_flags
 from rt.shapes import TensorSpec
 
 if TYPE_CHECKING:
@@ -146,7 +148,8 @@ class InductorCpu:
         about = About.read(path)
         check_torch(about, path)
         check_processor(about, path, processor())
-        program = _Program(path, about, "cpu")
+        with library:
+            program = _Program(path, about, "cpu")
         return InductorEngine(program, buffers(inputs), buffers(outputs), threads)
 
 
@@ -223,6 +226,7 @@ class InductorEngine:
         import torch
 
         self.inputs, self.outputs = inputs, outputs
+        self._calls = Calls(self)
         self._program, self._threads = program, threads
         self._reads = [torch.from_numpy(array) for array in inputs.values()]
         self._writes = [torch.from_numpy(array) for array in outputs.values()]
@@ -231,9 +235,10 @@ class InductorEngine:
         """Run once."""
         import torch
 
-        if torch.get_num_threads() != self._threads:  # each thread of Python has a number of its own
-            torch.set_num_threads(self._threads)
-        self._program.run(self._reads, self._writes)
+        with self._calls:
+            if torch.get_num_threads() != self._threads:  # each thread of Python has a number of its own
+                torch.set_num_threads(self._threads)
+            self._program.run(self._reads, self._writes)
 
 
 class InductorDeviceEngine:
@@ -439,12 +444,7 @@ def check_gpu(about: About, path: Path, device: Device) -> None:
 @cache
 def processor() -> frozenset[str]:
     """The instructions that this processor has, as Linux names them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
-    return frozenset(flags.partition(":")[2].split())
+    return processor_flags()
 
 
 def _first_line(error: Exception) -> str:

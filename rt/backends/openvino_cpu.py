@@ -16,6 +16,8 @@ from rt.backends import native
 from rt.backends.base import Array, Availability, Form, broken, buffers, failure
 from rt.config import DType
 from rt.extras import install_line
+from rt.process import Calls, library
+from rt.processors import lacks_avx2
 from rt.shapes import TensorSpec
 
 if TYPE_CHECKING:
@@ -28,11 +30,14 @@ class OpenVINO:
     name = "openvino"
 
     def available(self) -> Availability:
-        """Whether the package is installed and loads; it brings its own CPU device."""
+        """Whether the package is installed and loads, on a processor that it is fast on."""
         try:
             installed = version("openvino")
         except PackageNotFoundError:
             return Availability(version=None, problem="not installed; run: " + install_line(self.name))
+        if lacks_avx2():  # and what it would run with less is not tested, nor fast
+            problem = "this processor has no AVX2; use --backend onnxruntime, which runs on any"
+            return Availability(version=installed, problem=problem)
         try:
             self._core  # noqa: B018  # loads the library
         except Exception as error:  # a missing system library, a package for another processor
@@ -71,8 +76,9 @@ class OpenVINO:
             "INFERENCE_NUM_THREADS": threads,
         }
         try:
-            model = self._core.compile_model(self._core.read_model(path), "CPU", options)
-            return OpenVINOEngine(model, buffers(inputs), buffers(outputs))
+            with library:
+                model = self._core.compile_model(self._core.read_model(path), "CPU", options)
+                return OpenVINOEngine(model, buffers(inputs), buffers(outputs))
         except RuntimeError as error:
             raise failure(f"openvino cannot load {path}", error, _last_line(error)) from error
 
@@ -104,6 +110,7 @@ class OpenVINOEngine:
         import openvino
 
         self.inputs, self.outputs = inputs, outputs
+        self._calls = Calls(self)
         self._request = model.create_infer_request()
         for name, array in (*inputs.items(), *outputs.items()):
             self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
@@ -111,10 +118,11 @@ class OpenVINOEngine:
     def enqueue(self) -> None:
         """Run once. `infer()` would build a dictionary of results each time; this does not."""
         try:
-            try:
-                self._request.start_async()
-            finally:  # Ctrl-C between the two would free arrays that are still being written
-                self._request.wait()
+            with self._calls:
+                try:
+                    self._request.start_async()
+                finally:  # Ctrl-C between the two would free arrays that are still being written
+                    self._request.wait()
         except RuntimeError as error:
             raise failure("openvino failed while running", error, _last_line(error)) from error
 

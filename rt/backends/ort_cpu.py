@@ -5,15 +5,17 @@ https://onnxruntime.ai/docs/api/python/api_summary.html
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rt.backends.base import Array, Availability, Form, broken, buffers, failure
 from rt.config import DType
 from rt.extras import install_line
+from rt.process import Calls, library
 from rt.shapes import TensorSpec
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class OnnxRuntime:
             except PackageNotFoundError:
                 continue
             try:
-                import_module("onnxruntime")
+                _import()
             except Exception as error:  # a missing system library, a package for another processor
                 return broken(installed, error)
             return Availability(version=installed)
@@ -63,13 +65,13 @@ class OnnxRuntime:
         threads: int,
     ) -> OnnxRuntimeEngine:
         """Create a session."""
-        import onnxruntime
-
+        onnxruntime = _import()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # fatal only: it raises what it would log
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            with library:
+                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class but Exception
             raise failure(f"onnxruntime cannot load {path}", error, _one_line(error)) from error
         return OnnxRuntimeEngine(session, buffers(inputs), buffers(outputs))
@@ -82,6 +84,7 @@ class OnnxRuntimeEngine:
         self, session: onnxruntime.InferenceSession, inputs: dict[str, Array], outputs: dict[str, Array]
     ) -> None:
         self.inputs, self.outputs = inputs, outputs
+        self._calls = Calls(self)
         self._session = session
         self._binding = session.io_binding()
         for bind, arrays in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
@@ -90,10 +93,20 @@ class OnnxRuntimeEngine:
 
     def enqueue(self) -> None:
         """Run once."""
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise failure("onnxruntime failed while running", error, _one_line(error)) from error
+        with self._calls:
+            try:
+                self._session.run_with_iobinding(self._binding)
+            except Exception as error:
+                raise failure("onnxruntime failed while running", error, _one_line(error)) from error
+
+
+def _import() -> Any:
+    """The library, without its usage statistics: they use the network, and their threads keep a forked child alive.
+
+    https://github.com/microsoft/onnxruntime/blob/main/docs/Privacy.md
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return import_module("onnxruntime")
 
 
 def _one_line(error: Exception) -> str:

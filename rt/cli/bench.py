@@ -22,7 +22,11 @@ from rt.extras import needs
 @click.option("--warmup", type=int, default=3, show_default=True, help="Calls before the first sample.")
 @click.option("--iterations", type=int, default=20, show_default=True, help="Samples of each stage.")
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
-@click.option("--threads", type=int, help="Processors to use.  [default: all]")
+@click.option(
+    "--threads",
+    type=int,
+    help="Processors to use.  [default: OMP_NUM_THREADS, or all allowed]",
+)
 @click.option("--json", "record", type=click.Path(path_type=Path), help="Write everything known here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the figures into this PNG.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")

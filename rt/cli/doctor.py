@@ -17,6 +17,7 @@ from rt.config import DType
 from rt.errors import BackendError
 from rt.extras import install_line, needs, packages
 from rt.machine import Machine
+from rt.processors import Processors
 
 
 @click.command(short_help="Say what is installed and what is missing.")
@@ -56,12 +57,18 @@ def _selftest(report: dict[str, Any], *, echo: bool) -> list[str]:
 
 
 def _report() -> dict[str, Any]:
-    machine = Machine.here()
+    machine, processors = Machine.here(), Processors.here()
     return {
         "rt": rt.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": {"name": machine.processor, "cores": machine.cores, "memory_gib": machine.memory_gib},
+        "processor": {
+            "name": machine.processor,
+            "cores": machine.cores,
+            "use": str(processors),
+            "threads": processors.threads,
+            "memory_gib": machine.memory_gib,
+        },
         "engines": {
             name: {
                 "version": backend.available().version,
@@ -86,7 +93,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     cpu = report["processor"]
     lines = [
         f"rt {report['rt']}, Python {report['python']}, {report['system']}",
-        f"{cpu['name']}, {cpu['cores']} cores, {cpu['memory_gib']} GiB",
+        f"{cpu['name']}, {cpu['use']}, {cpu['memory_gib']} GiB",
     ]
     for name, engine in report["engines"].items():
         if engine["problem"]:

@@ -80,7 +80,11 @@ def interval(text: str) -> tuple[float, float]:
 )
 @click.option("--sheet", "page", help="Also all pictures on one page, with their prompts: a file as in -o.")
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
-@click.option("--threads", type=int, help="Processors to use.  [default: all]")
+@click.option(
+    "--threads",
+    type=int,
+    help="Processors to use.  [default: OMP_NUM_THREADS, or all allowed]",
+)
 @click.option("--no-metadata", is_flag=True, help="Leave the prompt and the settings out of the file.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print paths, seeds and timings as JSON.")

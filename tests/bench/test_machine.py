@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rt import machine as module
+from rt import processors
 from rt.machine import Machine
 
 
@@ -46,18 +47,26 @@ def test_kind_is_a_file_name(processor: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("label", ["flags", "Features"])
-def test_features_are_whole_words(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_cpuinfo", lambda: {"model name": "X", label: "avx512f avx512_bf16x sve2"})
+def test_features_are_whole_words(label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(
+        tmp_path, monkeypatch, f"model name\t: X\n{label}\t: avx512f avx512_bf16x sve2\n\nmodel name: Y\n"
+    )
     here = Machine.here()
     assert here.processor == "X"
     assert here.features == ("avx512f",)
 
 
 def test_a_system_without_cpuinfo_still_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str) -> None:
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(module, "open", refuse, raising=False)
+    made_up(tmp_path, monkeypatch, None)
     here = Machine.here()
     assert here.processor
     assert here.features == ()
+
+
+def made_up(root: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None) -> None:
+    """A system with that file."""
+    if cpuinfo is not None:
+        (root / "proc").mkdir()
+        (root / "proc" / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(module, "cpuinfo", lambda: processors.cpuinfo(root))
+    monkeypatch.setattr(module, "processor_flags", lambda: processors.processor_flags(root))

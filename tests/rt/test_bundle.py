@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +18,14 @@ from typing import Any
 
 import pytest
 
+from rt.backends import Form
 from rt.bundle import (
     MANIFEST,
     SCHEMA,
     Bundle,
     EngineRecord,
     FileRecord,
+    LoraRecord,
     Manifest,
     PassRecord,
     SourceRecord,
@@ -29,14 +33,17 @@ from rt.bundle import (
 )
 from rt.config import BuildConfig, DType
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
+from rt.kernel_image import KernelImage, TensorArgument
 from rt.model import Component, Family, ModelSpec
 from rt.shapes import ShapeProfile, TensorSpec
 
 FILES = (
     "engines/unet.onnx",
+    "engines/unet.fused.onnx",
     "engines/unet.weights",
     "reference/unet.npz",
     "tokenizer/text_encoder.json",
+    "kernels/copy.cubin",
     "LICENSE",
 )
 
@@ -66,14 +73,38 @@ def make_manifest(files: dict[str, FileRecord]) -> Manifest:
         component=Component.TEXT_ENCODER,
         profile=None,
         guided=False,
+        inputs=(TensorSpec(name="tokens", shape=(1, 77), dtype="int64"),),
+        outputs=(TensorSpec(name="states", shape=(1, 77, 768)),),
         islands=(),
         passes=(),
+    )
+    argument = TensorArgument(name="x", shape=("rows", "2 * WIDTH"), dtype="float16")
+    kernel = KernelImage(
+        kernel="copy",
+        name="copy-90",
+        symbol="copy",
+        capability=90,
+        file="kernels/copy.cubin",
+        sizes={"rows": 2},
+        constants={"WIDTH": 8, "eps": 1e-5, "flag": True, "kind": "plain"},
+        inputs=(argument,),
+        scalars={"n": "rows"},
+        outputs=(argument,),
+        grid=("rows", "1"),
+        threads=32,
+        shared_bytes=0,
+        registers=16,
     )
     return Manifest(
         created="2026-01-02T03:04:05+00:00",
         fingerprint="f" * 64,
         source=SourceRecord(
-            name="modèle", kind="folder", revision=None, licence=None, files={"unet/w": "0" * 64}
+            name="modèle",
+            kind="folder",
+            revision=None,
+            licence=None,
+            files={"unet/w": "0" * 64},
+            loras=(LoraRecord(name="style", scale=0.5, sha256="1" * 64),),
         ),
         model=ModelSpec(
             family=Family.SD1,
@@ -92,6 +123,7 @@ def make_manifest(files: dict[str, FileRecord]) -> Manifest:
         engines=(engine, text),
         versions={"python": "3.11"},
         files=files,
+        kernels=(kernel,),
     )
 
 
@@ -260,6 +292,159 @@ def test_a_manifest_that_cannot_be_read_is_said(bundle: Path) -> None:
     (bundle / MANIFEST).unlink()
     (bundle / MANIFEST).mkdir()
     assert "cannot be read: Is a directory" in raised(BundleError, lambda: Bundle.open(bundle))
+    (bundle / MANIFEST).rmdir()
+    os.mkfifo(bundle / MANIFEST)
+    assert "cannot be read: a pipe, not a file" in raised(BundleError, lambda: Bundle.open(bundle))
+    (bundle / MANIFEST).unlink()
+    (bundle / MANIFEST).symlink_to("/dev/zero")
+    assert "cannot be read: a device, not a file" in raised(BundleError, lambda: Bundle.open(bundle))
+    (bundle / MANIFEST).unlink()
+    with (bundle / MANIFEST).open("wb") as file:
+        file.truncate(3 << 30)
+    assert "cannot be read: larger than 16,777,216 bytes" in raised(BundleError, lambda: Bundle.open(bundle))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "x/" * 3000])
+def test_a_path_that_cannot_be_is_said(path: str) -> None:
+    raised(BundleError, lambda: Bundle.open(path))
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"[" * 200_000, "nested more than 64 deep"),
+        (b'{"schema": ' + b"9" * 10**5 + b"}", "a number of 100,000 digits"),
+        (b'{"schema": NaN}', "NaN is no JSON"),
+        ('{"format": "rt-bundle"}'.encode("utf-16"), "not UTF-8 text"),
+    ],
+)
+def test_a_manifest_that_no_build_wrote_is_damaged(bundle: Path, raw: bytes, reason: str) -> None:
+    (bundle / MANIFEST).write_bytes(raw)
+    assert f"is damaged: not JSON ({reason})" in raised(IntegrityError, lambda: Bundle.open(bundle))
+
+
+def deep(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+JUNK = (
+    *(None, True, False, 0, -1, 3, 10**18, 10**30, 10**400, 0.5, -0.0, 1e300, -math.inf),
+    *("", "../../etc/passwd", "/etc/passwd", "\0", "é\n\x1b[31m", "x" * 5000, "9" * 400),
+    *([], [None], [1, 2, 3], deep(40), {}, {"": {}}, {"name": 1}, {"../x": {"sha256": "", "size_bytes": 0}}),
+)
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Of a JSON value and of everything in it."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(item, (*path, key))
+
+
+def replaced(value: Any, path: tuple[str | int, ...], junk: Any) -> Any:
+    """`value` with something else at one place."""
+    if not path:
+        return junk
+    first, *rest = path
+    changed = value.copy()
+    changed[first] = replaced(value[first], tuple(rest), junk)
+    return changed
+
+
+def test_a_signed_manifest_with_anything_in_any_place_opens_or_is_refused(bundle: Path) -> None:
+    """Signed by whoever changed it; what opens has every value of its type."""
+    body = json.loads((bundle / MANIFEST).read_bytes())
+    refused = Counter[str]()
+    for path in places(body):
+        if not path or path[0] in ("digest", "format"):
+            continue
+        for junk in JUNK:
+            changed = replaced(body, path, junk)
+            try:
+                manifest = Manifest.from_bytes(signed(changed), bundle / MANIFEST)
+                if path[0] == "files":
+                    (bundle / MANIFEST).write_bytes(signed(changed))
+                    Bundle.open(bundle)
+            except BundleError as error:
+                assert len(str(error)) < 1000 and str(error).isprintable(), (path, junk)
+                refused[path[0]] += 1  # type: ignore[index]
+            else:
+                assert json.loads(manifest.to_bytes()).keys() == body.keys(), (path, junk)
+                for engine in manifest.engines:
+                    assert engine.files(SimpleNamespace(forms=lambda dtype: [Form.ONNX])), (path, junk)  # type: ignore[arg-type]
+    assert set(refused) == set(body) - {"digest", "format"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (("model", "max_tokens"), "77", "model.max_tokens is '77', expected a whole number"),
+        (("model", "scheduler"), [], "model.scheduler is [], expected an object"),
+        (("model", "text_encoders"), ["unet"], "the text encoders are ['unet']"),
+        (("model", "context_size"), 7, "context_size is 7, and the text encoders give 768 channels"),
+        (("model", "latent_channels"), 0, "latent_channels is 0, expected more than 0"),
+        (("model", "pooled_size"), 5, "pooled_size is 5"),
+        (("config", "profiles"), [], "config: a build needs at least one shape profile"),
+        (("config", "dtype"), "fp64", "config.dtype is 'fp64', expected one of fp32, fp16"),
+        (("config", "speed"), 1, "config has speed, which is not known"),
+        (("engines",), {}, "engines is {}, expected a list"),
+        (("engines",), [], "there is no program of the unet"),
+        (("engines", 0, "name"), "text", "two have the name 'text'"),
+        (("engines", 0, "profile"), None, "program 'unet' has the shape None"),
+        (
+            ("engines", 0, "profile", "height"),
+            "6",
+            "engines[0].profile.height is '6', expected a whole number",
+        ),
+        (
+            ("engines", 0, "profile", "height"),
+            640,
+            "'unet': input latents is [2, 4, 8, 6], expected [2, 4, 80, 6]",
+        ),
+        (("engines", 0, "forms"), {}, "engine 'unet' has no form"),
+        (("engines", 0, "forms", "onnx"), "../x", "names '../x', which is not a file of the bundle"),
+        (("engines", 0, "inputs", 0, "shape", 0), -2, "'unet': input latents is [-2, 4, 8, 6]"),
+        (("engines", 0, "inputs", 0, "dtype"), "O", "'unet': input latents is 'O', expected float32"),
+        (("engines", 0, "inputs", 0, "name"), "x", "'unet': input latents is missing"),
+        (("engines", 1, "outputs"), [], "'text': output states is missing"),
+        (("engines", 0, "passes", 0, "nodes"), [1], "passes[0].nodes is [1], expected a list of 2"),
+        (("engines", 0, "error", "prediction"), True, "error.prediction is True, expected a finite number"),
+        (("kernels", 0, "file"), "engines/x", "kernel 'copy-90' names 'engines/x'"),
+        (("kernels", 0, "constants", "eps"), [], "constants.eps is [], expected a whole number"),
+        (("files", "LICENSE"), "x", "files.LICENSE is 'x', expected an object"),
+        (("files", "LICENSE", "size_bytes"), 10**30, "expected a whole number of at most 64 bits"),
+        (("source", "loras", 0, "scale"), -math.inf, "scale is -inf, expected a finite number"),
+        (("source", "revision"), 5, "source.revision is 5, expected a text or null"),
+    ],
+)
+def test_a_signed_manifest_is_told_what_is_wrong_with_it(
+    bundle: Path, path: tuple[str | int, ...], value: Any, reason: str
+) -> None:
+    body = json.loads((bundle / MANIFEST).read_bytes())
+    where = body
+    for key in path[:-1]:
+        where = where[key]
+    where[path[-1]] = value
+    (bundle / MANIFEST).write_bytes(signed(body))
+    message = raised(IncompatibleBundleError, lambda: Bundle.open(bundle))
+    assert reason in message and "build it again" in message
+
+
+@pytest.mark.parametrize("name", ["\0", "x" * 300, "../" * 2000, "", ".", "engines"])
+def test_names_that_no_file_can_have_are_missing_files(bundle: Path, name: str) -> None:
+    record = {"sha256": "0" * 64, "size_bytes": 0}
+    edit(bundle, lambda body: body["files"].update({name: record}))  # type: ignore[attr-defined]
+    assert "is missing or not a plain file" in raised(IntegrityError, lambda: Bundle.open(bundle))
+
+
+def test_a_file_that_is_not_in_the_manifest_is_not_verified(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    (bundle / "more").write_bytes(b"")
+    assert "is not in the bundle's manifest" in raised(IntegrityError, lambda: opened.verify(["more"]))
 
 
 def test_a_copied_bundle_is_the_same_bundle(bundle: Path, tmp_path: Path) -> None:

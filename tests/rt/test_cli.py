@@ -22,6 +22,7 @@ from PIL import Image
 from rt.backends import BACKENDS, ON_HOST, Availability, get, inductor, openvino_cpu, ort_cpu
 from rt.bundle import MANIFEST, Bundle
 from rt.cli.main import main
+from rt.processors import Processors
 
 VERBS = ("build", "run", "inspect", "verify", "bench", "doctor")
 FAST = ("--steps", "2", "--seed", "7")
@@ -227,6 +228,7 @@ def test_verify_names_every_engine_and_json_parses(rt: Rt, demo_bundle: Path) ->
 
 def test_doctor_names_engines_and_json_parses(rt: Rt) -> None:
     assert all(f"ok       {name}" in rt("doctor").out for name in ON_HOST)
+    assert str(Processors.here()) in rt("doctor").out
     report = json.loads(rt("doctor", "--json").out)
     assert set(report["engines"]) == set(BACKENDS)
     assert report["extras"]["build"]["missing"] == []

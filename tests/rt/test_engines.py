@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from rt.backends import BACKENDS, Form
+from rt.backends import BACKENDS, Form, openvino_cpu
 from rt.backends.ort_cpu import OnnxRuntime
 from rt.backends.views import DeviceSide
 from rt.bundle import Bundle
 from rt.config import DType
 from rt.cuda.host import HostDevice
 from rt.engines import EngineKey, Engines
-from rt.errors import BackendError
+from rt.errors import BackendError, ConfigError
 from rt.shapes import TensorSpec
 
 
@@ -107,3 +107,21 @@ def test_an_engine_that_cannot_be_closed_does_not_keep_the_others(
     assert backend.device.allocated == 16, "its own memory alone"
     assert backend.device.calls[-1].name == "close"
     engines.close()
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**9, 10**30, 1.5, "2", True])
+def test_threads_that_cannot_be_are_refused(demo_bundle: Path, threads: object) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^threads is .*a whole number from 1 to 1024, or None for all processors$"
+    ):
+        Engines(Bundle.open(demo_bundle), "onnxruntime", threads)  # type: ignore[arg-type]
+
+
+def test_another_engine_than_the_bundle_was_measured_with_is_said(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not (Engines(Bundle.open(demo_bundle)), caplog.messages)[1]
+    monkeypatch.setattr(openvino_cpu, "lacks_avx2", lambda: True)
+    assert Engines(Bundle.open(demo_bundle)).backend.name == "onnxruntime"
+    [line] = caplog.messages
+    assert line.startswith("onnxruntime: ") and "; not openvino (this processor has no AVX2" in line

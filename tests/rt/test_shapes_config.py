@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rt.config import BuildConfig, DType, fingerprint
+from rt.decode import decode
 from rt.errors import ConfigError, ShapeError
 from rt.shapes import ShapeProfile, TensorSpec, choose_size, split_batch
 
@@ -87,7 +88,7 @@ def test_a_configuration_survives_json() -> None:
     config = BuildConfig(profiles=tuple(SIZES), dtype=DType.BF16, backend="onnxruntime")
     assert BuildConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     spec = TensorSpec(name="tokens", shape=(1, 77), dtype="int64")
-    assert TensorSpec.from_json({"name": "tokens", "shape": [1, 77], "dtype": "int64"}) == spec
+    assert decode(TensorSpec, {"name": "tokens", "shape": [1, 77], "dtype": "int64"}) == spec
 
 
 @pytest.mark.parametrize(
