@@ -69,9 +69,13 @@ class Sampler(ABC):
 
     @classmethod
     def from_config(cls: type[S], config: Mapping[str, Any]) -> S:
-        """The sampler with the keys of `config` that it knows; nulls and keys of other samplers are left."""
-        given = [option for option in cls.options() if config.get(option.name) is not None]
-        return cls(**{option.name: _read(option, config[option.name]) for option in given})
+        """The sampler with the keys of `config` that it knows; keys of other samplers are left, and nulls.
+
+        Except that a switch which is null is off, as in diffusers, where only its truth counts.
+        """
+        known = [option for option in cls.options() if option.name in config]
+        given = {option.name: _read(option, config[option.name]) for option in known}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     @classmethod
     def options(cls) -> list[Field[Any]]:
@@ -150,5 +154,7 @@ class Sampler(ABC):
 
 
 def _read(option: Field[Any], value: Any) -> Any:
+    if value is None and isinstance(option.default, bool):
+        return False
     reads_as = option.metadata.get("reads_as", {})
     return reads_as.get(value, value) if isinstance(value, str) else value
