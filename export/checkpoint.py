@@ -210,7 +210,7 @@ def _kind(model: str) -> Kind:
         return Kind.FOLDER
     if path.suffix == ".safetensors" and path.is_file():
         return Kind.SINGLE_FILE
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(f"{model} is not a model: expected a diffusers folder or a .safetensors file")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and path.suffix != ".safetensors":
         return Kind.HUB

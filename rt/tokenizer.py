@@ -9,9 +9,9 @@ merges within a word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
 from rt.errors import BundleError, CheckpointError, ConfigError
+from rt.json_file import parse_json, read_bounded
 
 # A prompt of 1 MB takes most of a second to tokenize, and no model reads as far as this.
 MAX_CHARACTERS = 4096
@@ -60,6 +61,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._vectors = _vectors(tokenizer)
 
     @classmethod
     def build(
@@ -141,6 +143,7 @@ class Tokenizer:
             ConfigError: `text` has a lone surrogate, as from undecodable bytes on a command line.
         """
         try:
+            text = self._written_out(text)
             first = self._tokenizer.encode(text[:MAX_CHARACTERS])
         except TypeError as error:
             raise ConfigError(f"the prompt is not a string of valid Unicode: {ascii(text)[:80]}") from error
@@ -149,6 +152,27 @@ class Tokenizer:
         count = sum(sum(encoding.attention_mask) for encoding in (first, *rest)) - 2 * len(rest)
         end = rest[0].offsets[1][0] if rest else MAX_CHARACTERS
         return Tokens(np.array(first.ids, np.int64), count, text[end:])
+
+    def _written_out(self, text: str) -> str:
+        """`text` with every vector of a textual inversion: what diffusers' `maybe_convert_prompt` makes of it.
+
+        That reads the tokens in no order, which matters only where a token is a part of another one's.
+        """
+        head = text[:MAX_CHARACTERS]
+        if not any(token in head for token in self._vectors):
+            return text
+        first = self._tokenizer.encode(head, add_special_tokens=False)
+        for token in dict.fromkeys(token for piece in (first, *first.overflowing) for token in piece.tokens):
+            head = head.replace(token, self._vectors.get(token, token))[: 2 * MAX_CHARACTERS]
+        return head + text[MAX_CHARACTERS:]
+
+
+def _vectors(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """The added tokens that stand for several, "TOKEN" to "TOKEN TOKEN_1 …", and no more than a prompt has room for."""
+    names = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    rest = range(1, tokenizer.truncation["max_length"])
+    vectors = {name: [name, *takewhile(names.__contains__, (f"{name}_{i}" for i in rest))] for name in names}
+    return {name: " ".join(tokens) for name, tokens in vectors.items() if len(tokens) > 1}
 
 
 def from_folder(folder: Path, max_length: int) -> Tokenizer:
@@ -217,19 +241,21 @@ def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; a CLIP tokenizer is vocab.json and merges.txt") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: get the tokenizer again") from error
 
 
 def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     if missing is not None and not path.exists():
         return missing
     try:
-        data = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        data = parse_json(_read(path).encode())
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from transformers import CLIPTokenizer
 
 from rt.errors import BundleError, CheckpointError, ConfigError
@@ -120,6 +121,66 @@ def test_parity_for_tokenizer_json_alone(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     rng = random.Random()
     check_against_transformers(tmp_path, [*PIECES, *(random_text(rng) for _ in range(300))])
+
+
+# Textual inversions: their names, and how many vectors each has.
+INVERSIONS = {"<style>": 2, "<one>": 1, "sks": 3, "<Upper Case>": 4, "*": 2, "<five>": 5, "é": 2}
+INVERTED = [
+    *INVERSIONS,
+    *(
+        "<style>_1",
+        "<style>_2",
+        "<STYLE>",
+        "<Style>",
+        "<style",
+        "SKS",
+        "sksy",
+        "masks",
+        "<upper case>",
+        "<five>_4",
+    ),
+    *("<style>.", "(<style>:1.2)", "a<style>b", "<style><style>", "sks,sks", "**", "E\u0301", "É"),
+]
+
+
+def write_inversions(folder: Path, inversions: dict[str, int]) -> Path:
+    """As diffusers' `load_textual_inversion` and `save_pretrained` do."""
+    theirs = CLIPTokenizer.from_pretrained(FOLDER)
+    for name, vectors in inversions.items():
+        theirs.add_tokens([name, *(f"{name}_{i}" for i in range(1, vectors))])
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def check_against_diffusers(folder: Path, ours: Tokenizer, texts: list[str]) -> None:
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    for text in texts:
+        converted = TextualInversionLoaderMixin().maybe_convert_prompt(text, theirs)
+        padded = theirs(converted, padding="max_length", truncation=True, max_length=MAX_LENGTH)
+        assert ours(text).ids.tolist() == padded["input_ids"], repr(text)
+        assert ours(text).count == len(theirs(converted)["input_ids"]), repr(text)
+
+
+def test_textual_inversions_of_several_vectors(tmp_path):
+    folder = write_inversions(tmp_path / "tokenizer", INVERSIONS)
+    ours = from_folder(folder, MAX_LENGTH)
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    pieces = [*INVERTED, *PIECES]
+    texts = [rng.choice((" ", "", ", ")).join(rng.choices(pieces, k=rng.randrange(9))) for _ in range(1000)]
+    check_against_diffusers(folder, ours, [*INVERTED, "a red heart in <style> style", *texts])
+    ours.save(tmp_path / "bundled.json")
+    check_against_diffusers(folder, Tokenizer.open(tmp_path / "bundled.json"), texts[:100])
+
+
+def test_many_vectors_are_no_more_than_a_prompt_has_room_for(tmp_path):
+    folder = write_inversions(tmp_path / "tokenizer", {"<many>": 3000})
+    ours = from_folder(folder, MAX_LENGTH)
+    check = CLIPTokenizer.from_pretrained(folder).convert_tokens_to_ids
+    tokens = ours("<many> " * 2000)
+    assert tokens.ids.tolist()[:5] == [START, *(check(f"<many>{end}") for end in ("", "_1", "_2", "_3"))]
+    assert tokens.dropped.startswith("<many>_14 <many>_15")
 
 
 def test_golden(tokenizer):
