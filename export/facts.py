@@ -187,6 +187,7 @@ class _TextEncoder(_Facts):
     hidden_size: int = 512
     projection_dim: int | None = 512
     max_position_embeddings: int = 77
+    eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
         super().__post_init__()
