@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from rt.decode import decode, short
 from rt.errors import CheckpointError
 from rt.export.repairs import sample_size, scheduler_config
-from rt.export.weights import LARGEST
+from rt.export.weights import LARGEST, LONGEST
 from rt.model import Component, Family, ModelSpec
 
 # The folder of each component in a diffusers checkpoint, and the class that it must be of.
@@ -200,8 +200,12 @@ F = TypeVar("F", bound=_Facts)
 
 def _facts(kind: type[F], configs: Mapping[str, Mapping[str, Any]], folder: str, where: str) -> F:
     known = {field.name for field in fields(kind)}
+    values = {key: value for key, value in configs[folder].items() if key in known}
     try:
-        return decode(kind, {key: value for key, value in configs[folder].items() if key in known}, folder)
+        for key, value in values.items():
+            if isinstance(value, list) and len(value) > LONGEST:
+                raise ValueError(f"{folder}.{key} has {len(value):,} entries, expected at most {LONGEST:,}")
+        return decode(kind, values, folder)
     except ValueError as error:
         raise CheckpointError(
             f"{where}: in the configs, {error}; correct it, or get the model again"

@@ -30,6 +30,8 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 LARGEST = 1 << 20
 """No number in a config is larger: far above every vocabulary and width, far below what would fill a memory."""
+LONGEST = 1000
+"""No list in a config has more entries."""
 _MOST_TENSORS = 10_000
 _MAX_HEADER_BYTES = 16 << 20
 _LONGEST_LINE = 300
@@ -245,6 +247,8 @@ def _options(kind: type, config: Mapping[str, Any], names: Collection[str] | Non
 
 
 def _check_option(name: str, value: object) -> None:
+    if isinstance(value, list) and len(value) > LONGEST:
+        raise ValueError(f"{name} has {len(value):,} entries, expected at most {LONGEST:,}")
     if isinstance(value, dict) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{name} is {short(value)}")
     if type(value) is int and not 0 <= value <= LARGEST:

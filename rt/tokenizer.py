@@ -20,11 +20,14 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
+from rt.decode import short
 from rt.errors import BundleError, CheckpointError, ConfigError
 from rt.json_file import parse_json, read_bounded
 
 # A prompt of 1 MB takes most of a second to tokenize, and no model reads as far as this.
 MAX_CHARACTERS = 4096
+
+_MOST_IDS = 1 << 20
 
 # In the order in which transformers adds them: where two differ in how they match, the last one counts.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -87,14 +90,17 @@ class Tokenizer:
         """
         if max_length < 3:
             raise ConfigError(f"max_length is {max_length}: expected at least 3 (start, a word, end)")
+        _check_ids(vocab)
         for token in (bos_token, eos_token, pad_token):
             if token not in vocab:
-                raise CheckpointError(f"the special token {token!r} is not in the vocabulary")
+                raise CheckpointError(f"the special token {short(token)} is not in the vocabulary")
         try:
             pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
             bpe = models.BPE(dict(vocab), pairs, unk_token=eos_token, end_of_word_suffix="</w>")
         except Exception as error:  # `tokenizers` raises the bare class
-            raise CheckpointError(f"vocabulary and merges do not fit together: {error}") from error
+            raise CheckpointError(
+                f"vocabulary and merges do not fit together: {short(str(error))}"
+            ) from error
 
         tokenizer = tokenizers.Tokenizer(bpe)
         tokenizer.normalizer = normalizers.Sequence(
@@ -167,6 +173,17 @@ class Tokenizer:
         return head + text[MAX_CHARACTERS:]
 
 
+def _check_ids(vocab: Mapping[str, int]) -> None:
+    seen: set[int] = set()
+    for token, index in vocab.items():
+        if type(index) is not int or not 0 <= index < _MOST_IDS or index in seen:
+            raise CheckpointError(
+                f"the vocabulary has {short(token)} as {short(index)}: expected a number of its own, 0 to "
+                f"{_MOST_IDS - 1:,}"
+            )
+        seen.add(index)
+
+
 def _vectors(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
     """The added tokens that stand for several, "TOKEN" to "TOKEN TOKEN_1 …", and no more than a prompt has room for."""
     names = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -213,10 +230,12 @@ def from_folder(folder: Path, max_length: int) -> Tokenizer:
                 index: AddedToken(token, special=token in name.values()) for token, index in legacy.items()
             }
             added |= {token["id"]: _added_token(token) for token in listed}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a CLIP tokenizer: {type(error).__name__} {error}") from error
+        in_order = [added[index] for index in sorted(added)]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        what = f"{type(error).__name__} {short(str(error))}"
+        raise CheckpointError(f"{folder} is not a CLIP tokenizer: {what}") from error
 
-    known = {token.content for token in added.values()}
+    known = {token.content for token in in_order}
     return Tokenizer.build(
         vocab,
         merges,
@@ -225,7 +244,7 @@ def from_folder(folder: Path, max_length: int) -> Tokenizer:
         eos_token=name.get("eos_token", "<|endoftext|>"),
         pad_token=name.get("pad_token", "<|endoftext|>"),
         added_tokens=[
-            *(added[index] for index in sorted(added)),
+            *in_order,
             *(token for token in roles.values() if token.content not in known),
         ],
     )

@@ -268,12 +268,12 @@ def test_open_refuses_a_tokenizer_without_length(tmp_path, tokenizer):
         ("merges.txt", None, r"merges\.txt is missing"),
         ("vocab.json", b"{", r"vocab\.json is not JSON"),
         ("vocab.json", b"[]", r"vocab\.json holds a list"),
-        ("vocab.json", b"\xff", r"cannot read .*vocab\.json"),
+        ("vocab.json", b"\xff", r"vocab\.json is not UTF-8 text"),
         ("vocab.json", b'{"<|startoftext|>": 0}', r"'<\|endoftext\|>' is not in the vocabulary"),
-        ("vocab.json", b'{"<|startoftext|>": "a", "<|endoftext|>": 1}', "do not fit together"),
+        ("vocab.json", b'{"<|startoftext|>": "a", "<|endoftext|>": 1}', "as 'a': expected a number"),
         ("merges.txt", b"#version: 0.2\nq q q\n", "do not fit together"),
         ("merges.txt", b"zzz yyy\n", "do not fit together"),
-        ("tokenizer.json", b"{}", r"not a CLIP tokenizer: KeyError 'model'"),
+        ("tokenizer.json", b"{}", r"not a CLIP tokenizer: KeyError .*model"),
         ("tokenizer_config.json", b'{"pad_token": 3}', "not a CLIP tokenizer: TypeError"),
         ("special_tokens_map.json", b'{"pad_token": "<pad>"}', "'<pad>' is not in the vocabulary"),
         (
@@ -296,3 +296,34 @@ def test_folder_with_a_bad_file(tmp_path, name, content, message):
 def test_no_room_for_a_word():
     with pytest.raises(ConfigError, match="at least 3"):
         from_folder(FOLDER, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab", {"a": "1"}, "the vocabulary has 'a' as '1': expected a number of its own, 0 to 1,048,575"),
+        ("vocab", {"a": True}, "'a' as True"),
+        ("vocab", {"a": -1}, "'a' as -1"),
+        ("vocab", {"a": 10**400}, "'a' as 1000"),
+        ("vocab", {"a": 3, "b": 3}, "'b' as 3"),
+        ("added_tokens", {"<a>": 1, "<b>": "2"}, "is not a CLIP tokenizer: TypeError"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": "<a>"}}, "is not a CLIP tokenizer: ValueError"),
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": {"1": {"content": 3}}},
+            "is not a CLIP tokenizer: TypeError",
+        ),
+        ("special_tokens_map", {"bos_token": "x" * 10**5}, "the special token 'xxxxx"),
+        (
+            "tokenizer",
+            {"model": {"vocab": {}, "merges": [3]}, "added_tokens": []},
+            "is not a CLIP tokenizer: TypeError",
+        ),
+    ],
+)
+def test_values_of_other_types(tmp_path, name, content, message):
+    folder = write_folder(tmp_path / "tokenizer", **{name: content})
+    with pytest.raises(CheckpointError) as caught:
+        from_folder(folder, MAX_LENGTH)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
