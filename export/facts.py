@@ -172,7 +172,7 @@ class _Vae(_Facts):
 
     @property
     def scale_factor(self) -> int:
-        return 2 ** (len(self.block_out_channels) - 1)
+        return 1 << len(self.block_out_channels) - 1
 
     @property
     def latents(self) -> int | list[int]:

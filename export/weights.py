@@ -68,7 +68,9 @@ _CLIP = (
     "max_position_embeddings",
     "hidden_act",
     "layer_norm_eps",
+    "bos_token_id",
     "eos_token_id",
+    "pad_token_id",
 )
 
 # Names that older libraries gave the same tensors, as (old, new) pieces. transformers dropped the prefix of

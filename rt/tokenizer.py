@@ -187,7 +187,7 @@ def _check_ids(vocab: Mapping[str, int]) -> None:
 def _vectors(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
     """The added tokens that stand for several, "TOKEN" to "TOKEN TOKEN_1 …", and no more than a prompt has room for."""
     names = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    rest = range(1, tokenizer.truncation["max_length"])
+    rest = range(1, tokenizer.truncation["max_length"] if tokenizer.truncation else 1)
     vectors = {name: [name, *takewhile(names.__contains__, (f"{name}_{i}" for i in rest))] for name in names}
     return {name: " ".join(tokens) for name, tokens in vectors.items() if len(tokens) > 1}
 

@@ -140,7 +140,7 @@ class Scheduler:
         sampler, options = _resolve(asked)
         if spacing is not None:
             options = options | _spaced(sampler, spacing)
-        return cls(sampler.from_config(config | options), spacing if spacing in AYS_SPACINGS else None)
+        return cls(sampler.from_config({**config, **options}), spacing if spacing in AYS_SPACINGS else None)
 
     @property
     def name(self) -> str:
