@@ -164,8 +164,10 @@ def default_profiles(
     Raises:
         ConfigError: When several heights and several widths do not pair up.
     """
-    side = checkpoint.spec.sample_size * checkpoint.spec.vae_scale_factor
-    heights, widths = list(height) or [side], list(width) or [side]
+    trained = checkpoint.spec.sample_size
+    h, w = trained if isinstance(trained, list) else (trained, trained)
+    factor = checkpoint.spec.vae_scale_factor
+    heights, widths = list(height) or [h * factor], list(width) or [w * factor]
     if len(heights) != len(widths) and 1 not in (len(heights), len(widths)):
         raise ConfigError(
             f"{len(heights)} heights and {len(widths)} widths do not pair up; give as many of each"

@@ -100,8 +100,9 @@ class Checkpoint:
     def check(self) -> None:
         """Raise `CheckpointError` unless the weights' headers fit the configs and each tokenizer opens."""
         for component in self.components:
-            module = build_empty(component, self._config(component))
-            check(module, self.source.headers(component), self._where(component))
+            headers = self.source.headers(component)
+            module = build_empty(component, self._config(component), headers)
+            check(module, headers, self._where(component))
             for lora in self.loras:
                 lora.check(component, module)
         for encoder in self.spec.text_encoders:

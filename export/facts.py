@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
+from rt.decode import decode, short
 from rt.errors import CheckpointError
+from rt.export.repairs import sample_size, scheduler_config
+from rt.export.weights import LARGEST, LONGEST
 from rt.model import Component, Family, ModelSpec
 
 # The folder of each component in a diffusers checkpoint, and the class that it must be of.
@@ -33,8 +37,11 @@ _PIPELINES = {
 }
 _READS = "rt reads text-to-image and inpainting Stable Diffusion 1.x, 2.x and XL: use such a checkpoint"
 
-# What transformers takes where the config of a text encoder is silent.
-_CLIP_DEFAULTS = {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77}
+_LEVELS = 10
+_SIZES = 6
+"""Of SDXL: height and width of the original, of the crop's corner and of the picture, each as an embedding."""
+_SCALING_FACTOR = 0.18215
+"""What diffusers' `AutoencoderKL` takes where its config is silent."""
 
 # Inputs of the U-Net that text-to-image has no value for, by the key of its config.
 _OTHER_CONDITIONING = {
@@ -56,7 +63,7 @@ def components(configs: Mapping[str, Mapping[str, Any]], where: str) -> tuple[Co
     index = configs["model_index"]
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in _PIPELINES:
-        raise CheckpointError(f"{where} is a {pipeline or 'model of no named class'}; {_READS}")
+        raise CheckpointError(f"{where} is a {_plain(pipeline or 'model of no named class')}; {_READS}")
     if pipeline.startswith("StableDiffusionXL") and _class_name(index, "text_encoder") is None:
         raise CheckpointError(
             f"{where} is an SDXL refiner, which only continues another model's images; {_READS}"
@@ -67,64 +74,158 @@ def components(configs: Mapping[str, Mapping[str, Any]], where: str) -> tuple[Co
         for name in (_class_name(index, folder), own):
             if name != CLASSES[folder]:
                 raise CheckpointError(
-                    f"{where} has {name or 'no class'} as {folder}, rt reads {CLASSES[folder]}; {_READS}"
+                    f"{where} has {_plain(name or 'no class')} as {folder}, rt reads {CLASSES[folder]}; {_READS}"
                 )
     return tuple(component for component, folder in FOLDERS.items() if folder in folders)
 
 
 def read_spec(configs: Mapping[str, Mapping[str, Any]], where: str) -> ModelSpec:
-    """The facts in `configs`, keyed by diffusers' folder names and `model_index`.
+    """The facts in `configs`, keyed by diffusers' folder names and `model_index`; old configs are read as repaired.
 
     Raises:
-        CheckpointError: The model has inputs that rt has no value for, or its configs contradict each other.
+        CheckpointError: A fact is missing or means nothing, the model has inputs that rt has no value for, or its
+            configs contradict each other.
     """
     encoders = tuple(part for part in components(configs, where) if FOLDERS[part].startswith("text_encoder"))
-    unet, vae = configs["unet"], configs["vae"]
-    text = [{**_CLIP_DEFAULTS, **configs[FOLDERS[encoder]]} for encoder in encoders]
+    index = _facts(_Pipeline, configs, "model_index", where)
+    unet, vae = _facts(_UNet, configs, "unet", where), _facts(_Vae, configs, "vae", where)
+    text = [_facts(_TextEncoder, configs, FOLDERS[encoder], where) for encoder in encoders]
+    _refuse_other_conditioning(configs["unet"], configs["vae"], len(encoders), where)
+    given = {"channels": sum(encoder.hidden_size for encoder in text)}
+    wanted = {"channels": unet.cross_attention_dim}
+    if len(text) > 1:
+        given["values beside them"] = (text[1].projection_dim or 0) + _SIZES * (
+            unet.addition_time_embed_dim or 0
+        )
+        wanted["values beside them"] = unet.projection_class_embeddings_input_dim or 0
+    for what in given:
+        if given[what] != wanted[what]:
+            raise CheckpointError(
+                f"{where}: the text encoders give {given[what]} {what} and the U-Net wants {wanted[what]}: "
+                "they are parts of different models"
+            )
+    return ModelSpec(
+        family=_family(unet, encoders),
+        latent_channels=vae.latent_channels,
+        vae_scale_factor=vae.scale_factor,
+        sample_size=sample_size(
+            configs["model_index"], configs["unet"], unet.sample_size or vae.latents, where
+        ),
+        scaling_factor=_SCALING_FACTOR if vae.scaling_factor is None else vae.scaling_factor,
+        text_encoders=encoders,
+        max_tokens=text[0].max_position_embeddings,
+        context_size=unet.cross_attention_dim,
+        pooled_size=text[1].projection_dim if len(text) > 1 else None,
+        zero_negative=len(text) > 1 and bool(index.force_zeros_for_empty_prompt),
+        scheduler=scheduler_config(configs["model_index"], configs["scheduler"], where),
+        inpainting=unet.in_channels != vae.latent_channels,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What is read of a config, by its keys there; a default is what the class of the component takes.
+
+    Raises:
+        ValueError: A size or a factor that no model has.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, list | tuple) else (value,):
+                if type(number) is int and not 1 <= number <= LARGEST:
+                    raise ValueError(f"{name} is {number}, expected 1 to {LARGEST:,}")
+            if name == "sample_size" and isinstance(value, list) and len(value) != 2:
+                raise ValueError(f"sample_size has {len(value)} entries, expected a height and a width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pipeline(_Facts):
+    force_zeros_for_empty_prompt: bool | None = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UNet(_Facts):
+    in_channels: int
+    cross_attention_dim: int
+    sample_size: int | list[int] | None = None
+    use_linear_projection: bool | None = False
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Vae(_Facts):
+    latent_channels: int
+    block_out_channels: tuple[int, ...]
+    sample_size: int | list[int] = 32
+    scaling_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.block_out_channels) <= _LEVELS:
+            raise ValueError(
+                f"block_out_channels has {len(self.block_out_channels)} entries, expected 1 to {_LEVELS}"
+            )
+        if self.scaling_factor is not None and self.scaling_factor <= 0:
+            raise ValueError(f"scaling_factor is {self.scaling_factor}, expected more than 0")
+
+    @property
+    def scale_factor(self) -> int:
+        return 1 << len(self.block_out_channels) - 1
+
+    @property
+    def latents(self) -> int | list[int]:
+        """`sample_size` after the encoder."""
+        if isinstance(self.sample_size, list):
+            return [max(side // self.scale_factor, 1) for side in self.sample_size]
+        return max(self.sample_size // self.scale_factor, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextEncoder(_Facts):
+    hidden_size: int = 512
+    projection_dim: int | None = 512
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_position_embeddings < 3:
+            raise ValueError(f"max_position_embeddings is {self.max_position_embeddings}: no room for a word")
+
+
+F = TypeVar("F", bound=_Facts)
+
+
+def _facts(kind: type[F], configs: Mapping[str, Mapping[str, Any]], folder: str, where: str) -> F:
+    known = {field.name for field in fields(kind)}
+    values = {key: value for key, value in configs[folder].items() if key in known}
     try:
-        _refuse_other_conditioning(unet, vae, len(encoders), where)
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        spec = ModelSpec(
-            family=_family(unet, encoders),
-            latent_channels=_integer(vae["latent_channels"]),
-            vae_scale_factor=factor,
-            sample_size=_integer(unet.get("sample_size") or vae["sample_size"] // factor),
-            scaling_factor=vae.get("scaling_factor", 0.18215),
-            text_encoders=encoders,
-            max_tokens=text[0]["max_position_embeddings"],
-            context_size=_integer(unet["cross_attention_dim"]),
-            pooled_size=text[1]["projection_dim"] if len(text) > 1 else None,
-            zero_negative=len(text) > 1 and configs["model_index"].get("force_zeros_for_empty_prompt", True),
-            scheduler=configs["scheduler"],
-            inpainting=unet["in_channels"] != vae["latent_channels"],
-        )
-        states = sum(config["hidden_size"] for config in text)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}: a config lacks a fact or has another type there: {error}") from None
-    if states != spec.context_size:
+        for key, value in values.items():
+            if isinstance(value, list) and len(value) > LONGEST:
+                raise ValueError(f"{folder}.{key} has {len(value):,} entries, expected at most {LONGEST:,}")
+        return decode(kind, values, folder)
+    except ValueError as error:
         raise CheckpointError(
-            f"{where}: the text encoders give {states} channels and the U-Net wants {spec.context_size}: "
-            "they are parts of different models"
-        )
-    return spec
+            f"{where}: in the configs, {error}; correct it, or get the model again"
+        ) from None
 
 
-def _class_name(index: Mapping[str, Any], folder: str) -> str | None:
+def _plain(name: object) -> str:
+    return short(name).strip("'")
+
+
+def _class_name(index: Mapping[str, Any], folder: str) -> Any:
     """The class of an entry of `model_index.json`, which is `[library, class]` or `[null, null]`."""
     entry = index.get(folder)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
-def _integer(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is no integer")
-    return value
-
-
-def _family(unet: Mapping[str, Any], encoders: tuple[Component, ...]) -> Family:
+def _family(unet: _UNet, encoders: tuple[Component, ...]) -> Family:
     if len(encoders) > 1:
         return Family.SDXL
-    return Family.SD2 if unet.get("use_linear_projection") else Family.SD1
+    return Family.SD2 if unet.use_linear_projection else Family.SD1
 
 
 def _refuse_other_conditioning(
@@ -138,11 +239,11 @@ def _refuse_other_conditioning(
     for key, conditioning in _OTHER_CONDITIONING.items():
         if unet.get(key) is not None:
             raise CheckpointError(
-                f"{where} has a U-Net that wants {conditioning} ({key} {unet[key]!r}); {_READS}"
+                f"{where} has a U-Net that wants {conditioning} ({key} {short(unet[key])}); {_READS}"
             )
     if unet.get("addition_embed_type") != addition:
         raise CheckpointError(
-            f"{where} has addition_embed_type {unet.get('addition_embed_type')!r}, not {addition!r}; {_READS}"
+            f"{where} has addition_embed_type {short(unet.get('addition_embed_type'))}, not {addition!r}; {_READS}"
         )
     if any(vae.get(key) is not None for key in ("latents_mean", "latents_std", "shift_factor")):
         raise CheckpointError(f"{where} has latents that are shifted as well as scaled; {_READS}")

@@ -17,6 +17,9 @@ from rt.model import Component
 from rt.tokenizer import Tokenizer, from_folder
 
 TOKENIZERS = {Component.TEXT_ENCODER: "tokenizer", Component.TEXT_ENCODER_2: "tokenizer_2"}
+_TEXTS = (".json", ".txt")
+_FRONT_MATTER = 1 << 16
+"""Bytes of a README in which its front matter must end."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,12 @@ def open_folder(root: Path, variant: str | None) -> Folder:
         root / "scheduler" / "scheduler_config.json",
         *(root / folder / "config.json" for folder in folders),
         *(path for paths in weights.values() for path in paths),
-        *(path for folder in tokenizers for suffix in ("json", "txt") for path in folder.glob(f"*.{suffix}")),
+        *(
+            path
+            for folder in tokenizers
+            for path in folder.glob("*.*")
+            if path.suffix in _TEXTS and path.is_file()
+        ),
     ]
     files = {path.relative_to(root).as_posix(): path for path in sorted(shaping)}
     return Folder(root, configs, files, weights, read_licence(root))
@@ -123,7 +131,8 @@ def read_licence(root: Path) -> str | None:
     """`license:` in the front matter of the README, else the name of a licence file, else None."""
     readme = root / "README.md"
     if readme.is_file():
-        text = readme.read_text(encoding="utf-8", errors="replace")
+        with readme.open("rb") as file:
+            text = file.read(_FRONT_MATTER).decode("utf-8", errors="replace")
         front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
         if front and (line := re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE)):
             return line[1].strip("\"'")

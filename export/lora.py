@@ -9,7 +9,6 @@ for each component (https://huggingface.co/docs/peft/package_reference/lora).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from rt.errors import CheckpointError, ConfigError
 from rt.export.facts import FOLDERS
 from rt.export.lora_names import bare, parse_name
 from rt.export.weights import PICKLE_SUFFIXES, pickle_error, read_header, read_tensors
+from rt.json_file import parse_json
 from rt.model import Component
 
 _READS = "rt merges plain LoRAs of the U-Net and the text encoders, in the layouts of diffusers and kohya-ss"
@@ -134,7 +134,7 @@ def parse(text: str) -> tuple[Path, float]:
 def _settings(metadata: Mapping[str, str], path: Path) -> dict[Component, float]:
     """α of each component of which the metadata say it."""
     try:
-        said: dict[str, Any] = dict(json.loads(metadata.get(_METADATA, "{}")))
+        said: dict[str, Any] = dict(parse_json(metadata.get(_METADATA, "{}").encode()))
         alphas: dict[Component, float] = {}
         for component, folder in FOLDERS.items():
             own = {
@@ -144,7 +144,7 @@ def _settings(metadata: Mapping[str, str], path: Path) -> dict[Component, float]
                 raise CheckpointError(f"{path} has {changes[0]}, which is no plain LoRA; {_READS}")
             if "lora_alpha" in own:
                 alphas[component] = float(own["lora_alpha"])
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise CheckpointError(f"{path} has bad {_METADATA}: download it again") from None
     return alphas
 

@@ -26,7 +26,7 @@ from rt.errors import CheckpointError
 from rt.export.architectures import PAD_TOKENS, SCHEDULERS, Architecture, clip, unet, vae
 from rt.export.facts import FOLDERS
 from rt.export.hub import download
-from rt.export.weights import read_header, read_headers, read_json, read_tensors
+from rt.export.weights import read_bytes, read_header, read_headers, read_json, read_tensors
 from rt.model import Component, Family
 from rt.tokenizer import Tokenizer
 
@@ -81,7 +81,7 @@ class SingleFile:
     def tokenizer(self, component: Component, max_length: int) -> Tokenizer:
         """CLIP's tokenizer, padded as the encoder was trained."""
         vocab = read_json(self.vocabulary / "vocab.json")
-        lines = (self.vocabulary / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(self.vocabulary / "merges.txt").decode("utf-8", errors="replace").splitlines()
         size = self.configs[FOLDERS[component]]["vocab_size"]
         if len(vocab) > size:
             raise CheckpointError(

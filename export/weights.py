@@ -7,25 +7,34 @@ costs one float32 copy of them, and one of float32 weights costs none.
 
 from __future__ import annotations
 
-import json
+import inspect
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from rt.decode import short
 from rt.errors import CheckpointError, PickleError
+from rt.json_file import parse_json, read_bounded
 from rt.model import Component
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
+LARGEST = 1 << 20
+"""No number in a config is larger: far above every vocabulary and width, far below what would fill a memory."""
+LONGEST = 1000
+"""No list in a config has more entries."""
+_MOST_TENSORS = 10_000
 _MAX_HEADER_BYTES = 16 << 20
+_LONGEST_LINE = 300
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": torch.float64,
@@ -48,6 +57,22 @@ _DIFFUSERS = {
     Component.VAE_DECODER: AutoencoderKL,
 }
 
+# What shapes a text encoder, of all that a config of transformers may hold.
+_CLIP = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
 # Names that older libraries gave the same tensors, as (old, new) pieces. transformers dropped the prefix of
 # CLIPTextModel in 5.6; diffusers renamed the attention of the autoencoder in 0.17.
 _RENAMED = (
@@ -69,18 +94,18 @@ def pickle_error(path: Path | str) -> PickleError:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of another library's message, or the name of the error when it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The beginning of another library's message, or the name of the error when it has none."""
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} …"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, or a `CheckpointError` that says what is there instead."""
+    raw = read_bytes(path)
     try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
+        data = parse_json(raw)
     except ValueError as error:
-        if path.read_bytes().startswith(_LFS_POINTER):
+        if raw.startswith(_LFS_POINTER):
             raise _lfs_error(path) from None
         raise CheckpointError(
             f"{path} is not JSON ({error}): the file is damaged, download it again"
@@ -88,6 +113,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a small file of a checkpoint, or a `CheckpointError`."""
+    try:
+        return read_bounded(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -98,7 +133,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             twice.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again")
+        problem = "is no plain file" if path.exists() else "is missing"
+        raise CheckpointError(f"{path} {problem}: the checkpoint is incomplete, download it again")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
@@ -114,7 +150,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = parse_json(text, make_object=_unique)
         metadata = {key: str(value) for key, value in header.pop("__metadata__", {}).items()}
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
         tensors = {
@@ -159,22 +195,89 @@ def build(component: Component, config: Mapping[str, Any]) -> nn.Module:
     """The network that its library's `config` describes, with that library's random weights."""
     module: nn.Module
     if component in _DIFFUSERS:
-        module = _DIFFUSERS[component].from_config(dict(config))
+        module = _DIFFUSERS[component].from_config(_options(_DIFFUSERS[component], config))
         return module
     encoder = CLIPTextModelWithProjection if component is Component.TEXT_ENCODER_2 else CLIPTextModel
-    module = encoder(CLIPTextConfig.from_dict({**config, "dtype": "float32"}))
+    module = encoder(CLIPTextConfig(**{**_options(CLIPTextConfig, config, _CLIP), "dtype": "float32"}))
     return module
 
 
-def build_empty(component: Component, config: Mapping[str, Any]) -> nn.Module:
-    """The network that `config` describes, with its parameters on the meta device: shapes without memory."""
+def build_empty(
+    component: Component, config: Mapping[str, Any], weights: Collection[str] | None = None
+) -> nn.Module:
+    """The network that `config` describes, with its parameters on the meta device: shapes without memory.
+
+    Args:
+        component: Which.
+        config: Of its library, by whomever.
+        weights: Names of the tensors that are to fill it. Building stops where the network has far more, long before
+            a million layers are made.
+
+    Raises:
+        CheckpointError: The config describes no network, or one of another size.
+    """
+    most = _MOST_TENSORS if weights is None else 2 * len(weights) + 1000
     try:
-        with init_empty_weights(include_buffers=False):
-            return build(component, config)
+        with _TensorLimit(most), torch.device("meta"):
+            module = build(component, config)
+    except _TooManyTensorsError:
+        raise CheckpointError(
+            f"the config of {component.value} describes a network of more than {most:,} tensors"
+            + (f", and the weights have {len(weights):,}" if weights is not None else "")
+        ) from None
     except Exception as error:  # Whatever the constructor of another library makes of a bad value.
         raise CheckpointError(
             f"the config of {component.value} describes no network: {one_line(error)}"
         ) from error
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):  # CLIP's positions, and no other
+            setattr(owner, name, torch.arange(buffer.shape[-1], dtype=buffer.dtype).expand(buffer.shape))
+    return module
+
+
+def _options(kind: type, config: Mapping[str, Any], names: Collection[str] | None = None) -> dict[str, Any]:
+    """Of `config` what `kind` is made from: the rest, which can name code or a hub, never reaches a library.
+
+    Raises:
+        ValueError: A value that no network has.
+    """
+    names = inspect.signature(kind).parameters if names is None else names
+    options = {name: value for name, value in config.items() if name in names}
+    for name, value in options.items():
+        _check_option(name, value)
+    return options
+
+
+def _check_option(name: str, value: object) -> None:
+    if isinstance(value, list) and len(value) > LONGEST:
+        raise ValueError(f"{name} has {len(value):,} entries, expected at most {LONGEST:,}")
+    if isinstance(value, dict) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name} is {short(value)}")
+    if type(value) is int and not 0 <= value <= LARGEST:
+        raise ValueError(f"{name} is {short(value)}, expected 0 to {LARGEST:,}")
+    for item in value if isinstance(value, list) else ():
+        _check_option(name, item)
+
+
+class _TooManyTensorsError(Exception):
+    pass
+
+
+class _TensorLimit(TorchFunctionMode):
+    """Lets `most` tensors be made, on this thread and within its block; layers make theirs with `torch.empty`."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._left = most
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.empty:
+            self._left -= 1
+            if self._left < 0:
+                raise _TooManyTensorsError
+        return function(*args, **(kwargs or {}))
 
 
 def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

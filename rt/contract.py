@@ -147,8 +147,11 @@ def _features(tensors: Iterable[TensorSpec], prefix: str, rows: int) -> Shapes:
 
 def _check_model(spec: ModelSpec) -> None:
     for name in _POSITIVE:
-        if getattr(spec, name) <= 0:
-            raise ValueError(f"{name} is {getattr(spec, name)}, expected more than 0")
+        value = getattr(spec, name)
+        if min(value if isinstance(value, list) else [value], default=0) <= 0:
+            raise ValueError(f"{name} is {value}, expected more than 0")
+    if isinstance(spec.sample_size, list) and len(spec.sample_size) != 2:
+        raise ValueError(f"sample_size is {short(spec.sample_size)}, expected a side or a height and a width")
     encoders = spec.text_encoders
     if not encoders or len(set(encoders)) < len(encoders) or not set(encoders) <= set(_TEXT):
         raise ValueError(f"the text encoders are {[encoder.value for encoder in encoders]}")

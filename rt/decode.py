@@ -19,6 +19,7 @@ _EXPECTED = {
     float: "a finite number",
     bool: "true or false",
     NoneType: "null",
+    list: "a list",
 }
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 40
@@ -33,7 +34,8 @@ def short(value: Any) -> str:
 def decode(kind: type[T], data: Any, where: str = "") -> T:
     """The `kind`, a dataclass, that `data` describes: its fields by name, those with a default may be left out.
 
-    Fields may be str, int, float, bool, None, Any, enums of texts, dataclasses, `X | Y`, tuples and mappings of these.
+    Fields may be str, int, float, bool, None, Any, enums of texts, dataclasses, `X | Y`, tuples, lists and mappings of
+    these.
 
     Args:
         kind: The dataclass.
@@ -55,6 +57,9 @@ def _value(kind: Any, data: Any, where: str) -> Any:
         return _first(arguments, data, where)
     if origin is tuple:
         return _items(arguments, data, where)
+    if origin is list:
+        items = _expect(list, "a list", data, where)
+        return [_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items)]
     if origin is Mapping:
         of_key, of_value = arguments
         names = _expect(dict, "an object", data, where)
@@ -88,7 +93,9 @@ def _first(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
             problems.append((is_dataclass(kind), error))
     if isinstance(data, dict) and (of_objects := [error for is_object, error in problems if is_object]):
         raise of_objects[0]
-    return _refuse(" or ".join(_EXPECTED.get(kind, "an object") for kind in kinds), data, where)
+    return _refuse(
+        " or ".join(_EXPECTED.get(get_origin(kind) or kind, "an object") for kind in kinds), data, where
+    )
 
 
 def _items(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:

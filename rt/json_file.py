@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,10 @@ def read_bounded(path: Path, *, limit: int = LIMIT) -> bytes:
     return raw
 
 
-def parse_json(raw: bytes) -> Any:
-    """The value of a JSON text in UTF-8; of a name that an object has twice, the last counts, as in `json.loads`.
+def parse_json(raw: bytes, *, make_object: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+    """The value of a JSON text in UTF-8; `make_object` gets the names and values of each object in it.
+
+    With the usual one the last value counts of a name that is there twice, as in `json.loads`.
 
     Beyond JSON, Infinity is read: diffusers writes it into the configs of DPM-Solver.
 
@@ -71,7 +74,9 @@ def parse_json(raw: bytes) -> Any:
     brackets = strings_cut.translate(None, delete=_NOT_BRACKETS)
     if max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_constant)
+    value = json.loads(
+        text, parse_int=_whole, parse_float=_finite, parse_constant=_constant, object_pairs_hook=make_object
+    )
     if rb"\ud" in raw.lower():  # halves of a pair alone can be neither printed nor written
         try:
             json.dumps(value, ensure_ascii=False).encode()

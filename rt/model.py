@@ -43,22 +43,23 @@ class ModelSpec:
         family: What the U-Net is conditioned on.
         latent_channels: Channels of the latents, 4 in every Stable Diffusion.
         vae_scale_factor: Pixels per latent pixel along one side (8 in SD; a demo model may have 4).
-        sample_size: Side of the latents the model was trained on; the default picture is
-            `sample_size * vae_scale_factor` pixels square.
+        sample_size: Side of the latents the model was trained on, or their height and width; the default picture has
+            `vae_scale_factor` times as many pixels.
         scaling_factor: What latents are multiplied by after encoding, and divided by before decoding.
         text_encoders: In the order in which their hidden states are concatenated.
         max_tokens: Length of the token sequence, with its start and end.
         context_size: Channels of the text states that the U-Net attends to.
         pooled_size: Channels of the pooled text embedding (SDXL), or None.
         zero_negative: Whether a missing negative prompt means zero states rather than those of "" (SDXL).
-        scheduler: The checkpoint's `scheduler_config.json`, as it is.
+        scheduler: The checkpoint's `scheduler_config.json` with the class that `model_index.json` names, and what
+            diffusers' pipeline repairs in old ones (`pipe.scheduler.config`).
         inpainting: Whether the U-Net also sees a mask and the latents of the picture around it.
     """
 
     family: Family
     latent_channels: int
     vae_scale_factor: int
-    sample_size: int
+    sample_size: int | list[int]
     scaling_factor: float
     text_encoders: tuple[Component, ...]
     max_tokens: int

@@ -9,9 +9,9 @@ merges within a word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
+from rt.decode import short
 from rt.errors import BundleError, CheckpointError, ConfigError
+from rt.json_file import parse_json, read_bounded
 
 # A prompt of 1 MB takes most of a second to tokenize, and no model reads as far as this.
 MAX_CHARACTERS = 4096
+
+_MOST_IDS = 1 << 20
 
 # In the order in which transformers adds them: where two differ in how they match, the last one counts.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -60,6 +64,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._vectors = _vectors(tokenizer)
 
     @classmethod
     def build(
@@ -85,14 +90,17 @@ class Tokenizer:
         """
         if max_length < 3:
             raise ConfigError(f"max_length is {max_length}: expected at least 3 (start, a word, end)")
+        _check_ids(vocab)
         for token in (bos_token, eos_token, pad_token):
             if token not in vocab:
-                raise CheckpointError(f"the special token {token!r} is not in the vocabulary")
+                raise CheckpointError(f"the special token {short(token)} is not in the vocabulary")
         try:
             pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
             bpe = models.BPE(dict(vocab), pairs, unk_token=eos_token, end_of_word_suffix="</w>")
         except Exception as error:  # `tokenizers` raises the bare class
-            raise CheckpointError(f"vocabulary and merges do not fit together: {error}") from error
+            raise CheckpointError(
+                f"vocabulary and merges do not fit together: {short(str(error))}"
+            ) from error
 
         tokenizer = tokenizers.Tokenizer(bpe)
         tokenizer.normalizer = normalizers.Sequence(
@@ -141,6 +149,7 @@ class Tokenizer:
             ConfigError: `text` has a lone surrogate, as from undecodable bytes on a command line.
         """
         try:
+            text = self._written_out(text)
             first = self._tokenizer.encode(text[:MAX_CHARACTERS])
         except TypeError as error:
             raise ConfigError(f"the prompt is not a string of valid Unicode: {ascii(text)[:80]}") from error
@@ -149,6 +158,38 @@ class Tokenizer:
         count = sum(sum(encoding.attention_mask) for encoding in (first, *rest)) - 2 * len(rest)
         end = rest[0].offsets[1][0] if rest else MAX_CHARACTERS
         return Tokens(np.array(first.ids, np.int64), count, text[end:])
+
+    def _written_out(self, text: str) -> str:
+        """`text` with every vector of a textual inversion: what diffusers' `maybe_convert_prompt` makes of it.
+
+        That reads the tokens in no order, which matters only where a token is a part of another one's.
+        """
+        head = text[:MAX_CHARACTERS]
+        if not any(token in head for token in self._vectors):
+            return text
+        first = self._tokenizer.encode(head, add_special_tokens=False)
+        for token in dict.fromkeys(token for piece in (first, *first.overflowing) for token in piece.tokens):
+            head = head.replace(token, self._vectors.get(token, token))[: 2 * MAX_CHARACTERS]
+        return head + text[MAX_CHARACTERS:]
+
+
+def _check_ids(vocab: Mapping[str, int]) -> None:
+    seen: set[int] = set()
+    for token, index in vocab.items():
+        if type(index) is not int or not 0 <= index < _MOST_IDS or index in seen:
+            raise CheckpointError(
+                f"the vocabulary has {short(token)} as {short(index)}: expected a number of its own, 0 to "
+                f"{_MOST_IDS - 1:,}"
+            )
+        seen.add(index)
+
+
+def _vectors(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """The added tokens that stand for several, "TOKEN" to "TOKEN TOKEN_1 …", and no more than a prompt has room for."""
+    names = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    rest = range(1, tokenizer.truncation["max_length"] if tokenizer.truncation else 1)
+    vectors = {name: [name, *takewhile(names.__contains__, (f"{name}_{i}" for i in rest))] for name in names}
+    return {name: " ".join(tokens) for name, tokens in vectors.items() if len(tokens) > 1}
 
 
 def from_folder(folder: Path, max_length: int) -> Tokenizer:
@@ -189,10 +230,12 @@ def from_folder(folder: Path, max_length: int) -> Tokenizer:
                 index: AddedToken(token, special=token in name.values()) for token, index in legacy.items()
             }
             added |= {token["id"]: _added_token(token) for token in listed}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a CLIP tokenizer: {type(error).__name__} {error}") from error
+        in_order = [added[index] for index in sorted(added)]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        what = f"{type(error).__name__} {short(str(error))}"
+        raise CheckpointError(f"{folder} is not a CLIP tokenizer: {what}") from error
 
-    known = {token.content for token in added.values()}
+    known = {token.content for token in in_order}
     return Tokenizer.build(
         vocab,
         merges,
@@ -201,7 +244,7 @@ def from_folder(folder: Path, max_length: int) -> Tokenizer:
         eos_token=name.get("eos_token", "<|endoftext|>"),
         pad_token=name.get("pad_token", "<|endoftext|>"),
         added_tokens=[
-            *(added[index] for index in sorted(added)),
+            *in_order,
             *(token for token in roles.values() if token.content not in known),
         ],
     )
@@ -217,19 +260,21 @@ def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; a CLIP tokenizer is vocab.json and merges.txt") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: get the tokenizer again") from error
 
 
 def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     if missing is not None and not path.exists():
         return missing
     try:
-        data = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        data = parse_json(_read(path).encode())
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object")

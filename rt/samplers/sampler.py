@@ -11,8 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from numbers import Real
+from types import NoneType
 from typing import Any, ClassVar, TypeVar
 
+from rt.decode import short
 from rt.errors import ConfigError, nearest
 from rt.samplers import spacing
 from rt.samplers.noise_schedule import Floats, NoiseSchedule, betas
@@ -21,6 +24,8 @@ from rt.samplers.table import Schedule
 S = TypeVar("S", bound="Sampler")
 
 _FIRST = object()
+_LARGEST = 1 << 31
+_MOST_TIMESTEPS = 100_000
 
 
 def choice(*valid: Any, default: Any = _FIRST, reads_as: Mapping[str, str] | None = None) -> Any:
@@ -69,9 +74,16 @@ class Sampler(ABC):
 
     @classmethod
     def from_config(cls: type[S], config: Mapping[str, Any]) -> S:
-        """The sampler with the keys of `config` that it knows; nulls and keys of other samplers are left."""
-        given = [option for option in cls.options() if config.get(option.name) is not None]
-        return cls(**{option.name: _read(option, config[option.name]) for option in given})
+        """The sampler with the keys of `config` that it knows; keys of other samplers are left.
+
+        A null is the default, but for a switch, which it turns off.
+        """
+        read = {
+            option.name: _read(option, config[option.name])
+            for option in cls.options()
+            if option.name in config
+        }
+        return cls(**{name: value for name, value in read.items() if value is not None})
 
     @classmethod
     def options(cls) -> list[Field[Any]]:
@@ -81,6 +93,7 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         for f in self.options():
             self._check(f, getattr(self, f.name))
+        self._check_noise()
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ConfigError(
                 f"trained_betas has {len(self.trained_betas)} entries; expected num_train_timesteps = "
@@ -97,19 +110,54 @@ class Sampler(ABC):
                 "expected at most one. Set the others to false in scheduler_config.json."
             )
 
+    def _check_noise(self) -> None:
+        if not self.num_train_timesteps <= _MOST_TIMESTEPS:
+            raise ConfigError(
+                f"num_train_timesteps got {short(self.num_train_timesteps)}; expected at most {_MOST_TIMESTEPS:,}. "
+                "Correct scheduler_config.json."
+            )
+        for beta in (
+            self.beta_start,
+            self.beta_end,
+            *(() if self.trained_betas is None else self.trained_betas),
+        ):
+            if not (isinstance(beta, Real) and 0 <= beta < 1):
+                raise ConfigError(
+                    f"beta_start, beta_end or trained_betas has {short(beta)}; expected numbers from 0 to below 1. "
+                    "Correct scheduler_config.json."
+                )
+
     def _check(self, option: Field[Any], value: Any) -> None:
         name = type(self).__name__
         valid = option.metadata.get("valid")
         if valid is not None and value not in valid:
             close = nearest(value, valid) if isinstance(value, str) and isinstance(valid[0], str) else ""
             raise ConfigError(
-                f"{name}: {option.name} got {value!r}; expected {' or '.join(map(repr, valid))}{close}. "
+                f"{name}: {option.name} got {short(value)}; expected {' or '.join(map(repr, valid))}{close}. "
                 "Choose another sampler, or set it so in the checkpoint's scheduler_config.json and build again."
             )
         kind, got = type(option.default), type(value)
+        if option.name == "trained_betas" and value is not None and not hasattr(value, "__len__"):
+            raise ConfigError(
+                f"{name}: trained_betas got {short(value)}; expected a list. Correct scheduler_config.json."
+            )
+        if kind in (int, float, NoneType) and isinstance(value, int) and abs(value) > _LARGEST:
+            raise ConfigError(
+                f"{name}: {option.name} got {short(value)}; expected at most {_LARGEST:,}. "
+                "Correct scheduler_config.json."
+            )
+        if (
+            kind is NoneType
+            and option.name.startswith("sigma_")
+            and value is not None
+            and got not in (int, float)
+        ):
+            raise ConfigError(
+                f"{name}: {option.name} got {short(value)}; expected a number. Correct scheduler_config.json."
+            )
         if valid is None and kind in (bool, int, float) and got is not kind and (got, kind) != (int, float):
             raise ConfigError(
-                f"{name}: {option.name} got {value!r}; expected a value like {option.default!r}. "
+                f"{name}: {option.name} got {short(value)}; expected a value like {option.default!r}. "
                 "Correct scheduler_config.json."
             )
 
@@ -150,5 +198,7 @@ class Sampler(ABC):
 
 
 def _read(option: Field[Any], value: Any) -> Any:
+    if value is None and type(option.default) is bool:
+        return False
     reads_as = option.metadata.get("reads_as", {})
     return reads_as.get(value, value) if isinstance(value, str) else value

@@ -117,7 +117,7 @@ class Scheduler:
         suffix is a spacing of noise levels. What it does not say stays as in `config`, Karras included.
 
         Args:
-            config: the contents of diffusers' scheduler_config.json.
+            config: the contents of diffusers' scheduler_config.json, or `pipe.scheduler.config`.
             name: a slug of `SAMPLERS` with or without suffix, a class of diffusers, or a label of the A1111
                 web UI, in any case; by default the `_class_name` of `config`.
             spacing: one of `SPACINGS`, in place of all that `config` and `name` say about it.
@@ -125,8 +125,6 @@ class Scheduler:
         Raises:
             ConfigError: an unknown name or spacing, or an option that the sampler does not support.
         """
-        used_defaults = config.get("_use_default_values", ())
-        config = {key: value for key, value in config.items() if key not in used_defaults}
         asked = name if name is not None else config.get("_class_name")
         if not isinstance(asked, str):
             raise ConfigError(
@@ -134,13 +132,15 @@ class Scheduler:
                 f"diffusers. Give a name, one of {', '.join(SAMPLERS)}."
             )
         if name is not None:
+            defaulted = config.get("_use_default_values", ())
+            config = {key: value for key, value in config.items() if key not in defaulted}
             # A checkpoint that says nothing of clipping was not made to be clipped, whatever the other class's
             # default is: latents go far beyond 1.
             config = {"clip_sample": False, **config}
         sampler, options = _resolve(asked)
         if spacing is not None:
             options = options | _spaced(sampler, spacing)
-        return cls(sampler.from_config(config | options), spacing if spacing in AYS_SPACINGS else None)
+        return cls(sampler.from_config({**config, **options}), spacing if spacing in AYS_SPACINGS else None)
 
     @property
     def name(self) -> str:

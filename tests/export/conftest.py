@@ -98,6 +98,12 @@ def write_folder() -> Callable[[Path, Architecture], None]:
 
 
 @pytest.fixture(scope="session")
+def tiny_architectures() -> dict[Family, Architecture]:
+    """Of the folders that `folder` copies."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
 def _masters(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
     roots = {}
     for family, architecture in TINY.items():

@@ -426,10 +426,14 @@ def test_auto_map(folder: Folder, edit_json: Edit) -> None:
         ("unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "projected image or text features"),
         ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type 'text', not None"),
         ("unet/config.json", {"cross_attention_dim": 32}, "64 channels and the U-Net wants 32"),
-        ("unet/config.json", {"sample_size": [8, 16]}, "another type there: [8, 16] is no integer"),
+        ("unet/config.json", {"sample_size": [8, 16, 8]}, "sample_size has 3 entries, expected a height"),
+        ("unet/config.json", {"sample_size": 0}, "sample_size is 0, expected 1 to 1,048,576"),
+        ("unet/config.json", {"sample_size": 8.0}, "sample_size is 8.0, expected a whole number"),
         ("unet/config.json", {"block_out_channels": [32, 33]}, "the config of unet describes no network"),
         ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "shifted as well as scaled"),
-        ("vae/config.json", {"block_out_channels": None}, "a config lacks a fact"),
+        ("vae/config.json", {"block_out_channels": None}, "block_out_channels is None, expected a list"),
+        ("vae/config.json", {"block_out_channels": [32] * 11}, "has 11 entries, expected 1 to 10"),
+        ("text_encoder/config.json", {"max_position_embeddings": 2}, "2: no room for a word"),
     ],
 )
 def test_other_models(
@@ -457,7 +461,7 @@ def test_config_without_a_fact(folder: Folder) -> None:
     config = json.loads((root / "vae" / "config.json").read_text())
     del config["latent_channels"]
     (root / "vae" / "config.json").write_text(json.dumps(config))
-    assert "lacks a fact or has another type there: 'latent_channels'" in refused(root)
+    assert "in the configs, vae has no latent_channels; correct it" in refused(root)
 
 
 def test_sdxl_refiner(folder: Folder, edit_json: Edit) -> None:

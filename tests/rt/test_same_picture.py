@@ -26,6 +26,7 @@ from rt.config import BuildConfig
 from rt.export.architectures import PAD_TOKENS, Architecture, clip, unet, vae
 from rt.export.build import build
 from rt.export.checkpoint import open_checkpoint
+from rt.export.repairs import scheduler_config
 from rt.export.synthetic import byte_vocabulary
 from rt.model import Component, Family
 from rt.shapes import ShapeProfile
@@ -225,6 +226,25 @@ def test_demo_model(demo, sampler, words, seed):
 def test_random_model(tiny, sampler, words, seed):
     theirs, ours = tiny.both(words(), sampler, seeds=[seed], num_inference_steps=5, negative_prompt=words())
     check_same(theirs, ours)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler"])
+def test_old_scheduler_config(tiny, name, words, seed):
+    """As the first repositories have it: diffusers' pipeline repairs it when it is built."""
+    config = {"_class_name": name, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    config |= {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    parts = {**tiny.diffusers.components, "scheduler": getattr(diffusers, name).from_config(config)}
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    prompt, generator = words(), torch.Generator().manual_seed(seed)
+    theirs = pipe(prompt, num_inference_steps=5, generator=generator, output_type="np").images
+    repaired = rt.Scheduler.from_config(scheduler_config({"_class_name": type(pipe).__name__}, config, "x"))
+    arguments = {"num_inference_steps": 5, "seed": seed, "output_type": "np"}
+    assert away(np.array(tiny.rt(prompt, scheduler=repaired, **arguments).images), theirs) <= 0.1
+    literal = rt.Scheduler.from_config(config | {"clip_sample": False})
+    assert away(np.array(tiny.rt(prompt, scheduler=literal, **arguments).images), theirs) > 0.3
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from transformers import CLIPTokenizer
 
 from rt.errors import BundleError, CheckpointError, ConfigError
@@ -122,6 +123,66 @@ def test_parity_for_tokenizer_json_alone(tmp_path, tokenizer):
     check_against_transformers(tmp_path, [*PIECES, *(random_text(rng) for _ in range(300))])
 
 
+# Textual inversions: their names, and how many vectors each has.
+INVERSIONS = {"<style>": 2, "<one>": 1, "sks": 3, "<Upper Case>": 4, "*": 2, "<five>": 5, "é": 2}
+INVERTED = [
+    *INVERSIONS,
+    *(
+        "<style>_1",
+        "<style>_2",
+        "<STYLE>",
+        "<Style>",
+        "<style",
+        "SKS",
+        "sksy",
+        "masks",
+        "<upper case>",
+        "<five>_4",
+    ),
+    *("<style>.", "(<style>:1.2)", "a<style>b", "<style><style>", "sks,sks", "**", "E\u0301", "É"),
+]
+
+
+def write_inversions(folder: Path, inversions: dict[str, int]) -> Path:
+    """As diffusers' `load_textual_inversion` and `save_pretrained` do."""
+    theirs = CLIPTokenizer.from_pretrained(FOLDER)
+    for name, vectors in inversions.items():
+        theirs.add_tokens([name, *(f"{name}_{i}" for i in range(1, vectors))])
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def check_against_diffusers(folder: Path, ours: Tokenizer, texts: list[str]) -> None:
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    for text in texts:
+        converted = TextualInversionLoaderMixin().maybe_convert_prompt(text, theirs)
+        padded = theirs(converted, padding="max_length", truncation=True, max_length=MAX_LENGTH)
+        assert ours(text).ids.tolist() == padded["input_ids"], repr(text)
+        assert ours(text).count == len(theirs(converted)["input_ids"]), repr(text)
+
+
+def test_textual_inversions_of_several_vectors(tmp_path):
+    folder = write_inversions(tmp_path / "tokenizer", INVERSIONS)
+    ours = from_folder(folder, MAX_LENGTH)
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    pieces = [*INVERTED, *PIECES]
+    texts = [rng.choice((" ", "", ", ")).join(rng.choices(pieces, k=rng.randrange(9))) for _ in range(1000)]
+    check_against_diffusers(folder, ours, [*INVERTED, "a red heart in <style> style", *texts])
+    ours.save(tmp_path / "bundled.json")
+    check_against_diffusers(folder, Tokenizer.open(tmp_path / "bundled.json"), texts[:100])
+
+
+def test_many_vectors_are_no_more_than_a_prompt_has_room_for(tmp_path):
+    folder = write_inversions(tmp_path / "tokenizer", {"<many>": 3000})
+    ours = from_folder(folder, MAX_LENGTH)
+    check = CLIPTokenizer.from_pretrained(folder).convert_tokens_to_ids
+    tokens = ours("<many> " * 2000)
+    assert tokens.ids.tolist()[:5] == [START, *(check(f"<many>{end}") for end in ("", "_1", "_2", "_3"))]
+    assert tokens.dropped.startswith("<many>_14 <many>_15")
+
+
 def test_golden(tokenizer):
     for text, ids in GOLDEN.items():
         assert tokenizer(text).ids.tolist() == [START, *ids] + [END] * (MAX_LENGTH - 1 - len(ids))
@@ -207,12 +268,12 @@ def test_open_refuses_a_tokenizer_without_length(tmp_path, tokenizer):
         ("merges.txt", None, r"merges\.txt is missing"),
         ("vocab.json", b"{", r"vocab\.json is not JSON"),
         ("vocab.json", b"[]", r"vocab\.json holds a list"),
-        ("vocab.json", b"\xff", r"cannot read .*vocab\.json"),
+        ("vocab.json", b"\xff", r"vocab\.json is not UTF-8 text"),
         ("vocab.json", b'{"<|startoftext|>": 0}', r"'<\|endoftext\|>' is not in the vocabulary"),
-        ("vocab.json", b'{"<|startoftext|>": "a", "<|endoftext|>": 1}', "do not fit together"),
+        ("vocab.json", b'{"<|startoftext|>": "a", "<|endoftext|>": 1}', "as 'a': expected a number"),
         ("merges.txt", b"#version: 0.2\nq q q\n", "do not fit together"),
         ("merges.txt", b"zzz yyy\n", "do not fit together"),
-        ("tokenizer.json", b"{}", r"not a CLIP tokenizer: KeyError 'model'"),
+        ("tokenizer.json", b"{}", r"not a CLIP tokenizer: KeyError .*model"),
         ("tokenizer_config.json", b'{"pad_token": 3}', "not a CLIP tokenizer: TypeError"),
         ("special_tokens_map.json", b'{"pad_token": "<pad>"}', "'<pad>' is not in the vocabulary"),
         (
@@ -235,3 +296,34 @@ def test_folder_with_a_bad_file(tmp_path, name, content, message):
 def test_no_room_for_a_word():
     with pytest.raises(ConfigError, match="at least 3"):
         from_folder(FOLDER, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab", {"a": "1"}, "the vocabulary has 'a' as '1': expected a number of its own, 0 to 1,048,575"),
+        ("vocab", {"a": True}, "'a' as True"),
+        ("vocab", {"a": -1}, "'a' as -1"),
+        ("vocab", {"a": 10**400}, "'a' as 1000"),
+        ("vocab", {"a": 3, "b": 3}, "'b' as 3"),
+        ("added_tokens", {"<a>": 1, "<b>": "2"}, "is not a CLIP tokenizer: TypeError"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": "<a>"}}, "is not a CLIP tokenizer: ValueError"),
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": {"1": {"content": 3}}},
+            "is not a CLIP tokenizer: TypeError",
+        ),
+        ("special_tokens_map", {"bos_token": "x" * 10**5}, "the special token 'xxxxx"),
+        (
+            "tokenizer",
+            {"model": {"vocab": {}, "merges": [3]}, "added_tokens": []},
+            "is not a CLIP tokenizer: TypeError",
+        ),
+    ],
+)
+def test_values_of_other_types(tmp_path, name, content, message):
+    folder = write_folder(tmp_path / "tokenizer", **{name: content})
+    with pytest.raises(CheckpointError) as caught:
+        from_folder(folder, MAX_LENGTH)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
