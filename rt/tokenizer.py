@@ -10,6 +10,7 @@ merges within a word.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,11 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 
 from rt.errors import BundleError, CheckpointError, ConfigError
 
-# A prompt of 1 MB takes most of a second to tokenize, and no model reads as far as this.
-MAX_CHARACTERS = 4096
+# A prompt of 1 MB takes seconds to tokenize, and no model reads as far as this: 77 tokens of 200 characters. Spaces are
+# no tokens, however many there are, so they are folded before the cut.
+MAX_CHARACTERS = 16384
+SPACES = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+SHOWN = 500
 
 # In the order in which transformers adds them: where two differ in how they match, the last one counts.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -37,7 +41,8 @@ class Tokens:
 
     Attributes:
         ids: int64 (max_length,): start, words, end, padding.
-        count: Tokens of the first 4096 characters with start and end, whether or not they fit.
+        count: Tokens with start and end, whether or not they fit; of a prompt of more than 16,384 characters after spaces
+            are folded, those of the first 16,384.
         dropped: The end of the prompt that did not fit, "" when all of it did.
     """
 
@@ -51,7 +56,8 @@ class Tokens:
         if not self.dropped:
             return ""
         return (
-            f"the prompt has {self.count} tokens; this model reads {self.ids.size}; dropped: {self.dropped}"
+            f"the prompt has {self.count} tokens; this model reads {self.ids.size}; "
+            f"dropped: {self.dropped[:SHOWN]}{'…' * (len(self.dropped) > SHOWN)}"
         )
 
 
@@ -141,6 +147,8 @@ class Tokenizer:
             ConfigError: `text` has a lone surrogate, as from undecodable bytes on a command line.
         """
         try:
+            if len(text) > MAX_CHARACTERS:
+                text = SPACES.sub(" ", text)
             first = self._tokenizer.encode(text[:MAX_CHARACTERS])
         except TypeError as error:
             raise ConfigError(f"the prompt is not a string of valid Unicode: {ascii(text)[:80]}") from error
