@@ -7,17 +7,19 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Integral
 
 from rt.backends import AUTO, DeviceBackend, DeviceEngine, Engine, choose, cpu_count
 from rt.backends.views import HostSide
 from rt.bundle import Bundle, EngineRecord
 from rt.cuda import Device, Stream
-from rt.errors import BundleError, ConfigError
+from rt.errors import BundleError, ConfigError, shown
 from rt.model import Component
 from rt.shapes import ShapeProfile
 
 logger = logging.getLogger(__name__)
 
+MOST_THREADS = 1024
 EngineKey = tuple[Component, ShapeProfile | None, bool]
 """What is run, at which shape (None for text), and whether with guidance (U-Net only)."""
 
@@ -48,8 +50,13 @@ class Engines:
     """
 
     def __init__(self, bundle: Bundle, backend: str = AUTO, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}; it must be at least 1, or None for all processors")
+        if threads is not None and not (
+            isinstance(threads, Integral) and not isinstance(threads, bool) and 1 <= threads <= MOST_THREADS
+        ):
+            raise ConfigError(
+                f"threads is {shown(threads)}; it must be at least 1 and at most {MOST_THREADS}, "
+                f"or None for all processors"
+            )
         config = bundle.manifest.config
         self.backend, self.reason = choose(
             backend, config.dtype, preferred=config.backend, unfit=bundle.manifest.unfit
@@ -60,7 +67,7 @@ class Engines:
             device = self.backend.open_device()
             self.place = Place(device, device.create_stream())
         self._bundle = bundle
-        self._threads = threads or cpu_count()
+        self._threads = int(threads or cpu_count())
         self._verified: set[str] = set()
         self._loaded: dict[str, Engine] = {}
 

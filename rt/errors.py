@@ -101,7 +101,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """The text on one line: what would not print, or would steer a terminal, as Python writes it in a string."""
     return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
     )
 
 

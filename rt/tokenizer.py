@@ -41,8 +41,8 @@ class Tokens:
 
     Attributes:
         ids: int64 (max_length,): start, words, end, padding.
-        count: Tokens with start and end, whether or not they fit; of a prompt of more than 16,384 characters after spaces
-            are folded, those of the first 16,384.
+        count: Tokens with start and end, whether or not they fit; of the first 16,384 characters where there are more,
+            with spaces folded.
         dropped: The end of the prompt that did not fit, "" when all of it did.
     """
 

@@ -10,6 +10,7 @@ import click
 
 from rt.backends import AUTO, BACKENDS, choose_target
 from rt.bundle import Bundle
+from rt.cli.streams import hand_out, say
 from rt.config import BuildConfig, DType
 from rt.errors import ConfigError
 from rt.extras import needs
@@ -142,7 +143,7 @@ def command(
     opened = None if donor is None else Bundle.open(donor)
     bundle = build(checkpoint, output, config, donor=opened, force=force, quiet=quiet)
     _report(bundle, why, time.perf_counter() - started)
-    click.echo(output)
+    hand_out(str(output))
 
 
 def _dtype(flags: tuple[str, ...], name: str | None) -> DType:
@@ -160,4 +161,4 @@ def _report(bundle: Bundle, why: str, seconds: float) -> None:
         for record in engine.passes:
             logger.info("%s: %s", engine.name, record)
     size = sum(record.size_bytes for record in bundle.manifest.files.values()) / 2**20
-    click.echo(f"built in {seconds:.0f} s, {size:.0f} MiB; {why}", err=True)
+    say(f"built in {seconds:.0f} s, {size:.0f} MiB; {why}")

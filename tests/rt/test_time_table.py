@@ -30,7 +30,9 @@ class Doubling:
         self.outputs["time_1"][:, 0, 0] = 2 * timestep
         if "pooled" in self.inputs:
             height, width, *_ = self.inputs["sizes"].T
-            assert (self.inputs["sizes"] == np.stack([height, width, 0 * height, 0 * width, height, width], 1)).all()
+            assert (
+                self.inputs["sizes"] == np.stack([height, width, 0 * height, 0 * width, height, width], 1)
+            ).all()
             self.outputs["time_1"][:, 0, 0] += self.inputs["pooled"][:, 0]
             self.outputs["time_2"] = (1000 * height + width)[:, None, None]
 
