@@ -21,6 +21,7 @@ from rt.samplers import Scheduler
 
 MOST_PICTURES = 65_536
 """Of one call, which keeps them all."""
+LARGEST = float(np.finfo(np.float32).max)
 OUTPUT_TYPES = ("pil", "np", "latent")
 RNGS: Mapping[str, Callable[[int], Noise]] = {"cpu": Generator, "cuda": CudaGenerator}
 """Whose random numbers a seed means."""
@@ -133,7 +134,7 @@ def check_seeds(seed: object, count: int) -> list[int]:
 def check_guidance(scale: object, rescale: object) -> tuple[float, float]:
     """Scale and rescale as numbers that mean something."""
     strength, part = _number(scale), _number(rescale)
-    if strength is None or abs(strength) > np.finfo(np.float32).max:
+    if strength is None or abs(strength) > LARGEST:
         raise ConfigError(
             f"guidance_scale is {shown(scale)}; it must be a finite number, 1 or less for no guidance"
         )

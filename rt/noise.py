@@ -41,8 +41,14 @@ def bits_of(seed: int) -> int:
 def room(shape: Sequence[int], out: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """`out`, or a new array where there is none; raises as `Noise.randn`."""
     try:
+        if isinstance(
+            shape, str | bytes | bytearray | memoryview
+        ):  # sequences to Python, and bytes even of numbers
+            raise TypeError
         made = np.empty(shape, np.float32) if out is None else out
-    except (TypeError, ValueError, OverflowError):
+    except MemoryError:
+        raise
+    except Exception:  # an object's own
         raise ConfigError(f"shape is {shown(shape)}; give whole numbers from 0 on") from None
     if out is None:
         return made

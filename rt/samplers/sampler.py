@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
-from rt.errors import ConfigError, nearest
+from rt.errors import ConfigError, nearest, shown
 from rt.samplers import spacing
 from rt.samplers.noise_schedule import Floats, NoiseSchedule, betas
 from rt.samplers.table import Schedule
 
 S = TypeVar("S", bound="Sampler")
 
+MOST_TIMESTEPS = 100_000
+LARGEST = 2**31
+"""Of a whole number: more has no meaning, and could not become a float."""
 _FIRST = object()
 
 
@@ -81,14 +84,24 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         for f in self.options():
             self._check(f, getattr(self, f.name))
+        if self.trained_betas is not None and not isinstance(self.trained_betas, list | tuple):
+            raise ConfigError(
+                f"trained_betas got {shown(self.trained_betas)}; expected a list. Correct scheduler_config.json."
+            )
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ConfigError(
                 f"trained_betas has {len(self.trained_betas)} entries; expected num_train_timesteps = "
                 f"{self.num_train_timesteps}. Correct scheduler_config.json."
             )
-        if self.num_train_timesteps < 2:
+        if not 2 <= self.num_train_timesteps <= MOST_TIMESTEPS:
             raise ConfigError(
-                f"num_train_timesteps got {self.num_train_timesteps}; expected 2 or more. "
+                f"num_train_timesteps got {shown(self.num_train_timesteps)}; "
+                f"expected 2 or more, and at most {MOST_TIMESTEPS}. "
+                "Correct scheduler_config.json."
+            )
+        if min(self.beta_start, self.beta_end) < 0:
+            raise ConfigError(
+                f"beta_start and beta_end got {self.beta_start} and {self.beta_end}; expected variances, from 0 on. "
                 "Correct scheduler_config.json."
             )
         if self.use_karras_sigmas + self.use_exponential_sigmas + self.use_lu_lambdas > 1:
@@ -100,16 +113,17 @@ class Sampler(ABC):
     def _check(self, option: Field[Any], value: Any) -> None:
         name = type(self).__name__
         valid = option.metadata.get("valid")
-        if valid is not None and value not in valid:
+        if valid is not None and not (isinstance(value, str | bool | int | float | None) and value in valid):
             close = nearest(value, valid) if isinstance(value, str) and isinstance(valid[0], str) else ""
             raise ConfigError(
-                f"{name}: {option.name} got {value!r}; expected {' or '.join(map(repr, valid))}{close}. "
+                f"{name}: {option.name} got {shown(value)}; expected {' or '.join(map(repr, valid))}{close}. "
                 "Choose another sampler, or set it so in the checkpoint's scheduler_config.json and build again."
             )
         kind, got = type(option.default), type(value)
-        if valid is None and kind in (bool, int, float) and got is not kind and (got, kind) != (int, float):
+        fits = (got is kind or (got, kind) == (int, float)) and (got is not int or abs(value) <= LARGEST)
+        if valid is None and kind in (bool, int, float) and not fits:
             raise ConfigError(
-                f"{name}: {option.name} got {value!r}; expected a value like {option.default!r}. "
+                f"{name}: {option.name} got {shown(value)}; expected a value like {option.default!r}. "
                 "Correct scheduler_config.json."
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -104,6 +104,10 @@ class Scheduler:
     align_your_steps: str | None = None
     """`ays` or `ays-sdxl` where the timesteps are Align Your Steps', which no option of a sampler says."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampler, Sampler):
+            raise ConfigError(f"sampler is {shown(self.sampler)}; use Scheduler.from_config(config, name)")
+
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any], name: str | None = None, *, spacing: str | None = None
@@ -131,6 +135,8 @@ class Scheduler:
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{what} is {shown(value)}; expected a name, or None")
         used_defaults = config.get("_use_default_values", ())
+        if not isinstance(used_defaults, list | tuple):
+            raise ConfigError(f"_use_default_values got {shown(used_defaults)}; expected a list of names.")
         config = {key: value for key, value in config.items() if key not in used_defaults}
         asked = name if name is not None else config.get("_class_name")
         if not isinstance(asked, str):
@@ -228,19 +234,25 @@ class Scheduler:
                 f"{self.name}: got timesteps, but its noise levels are spaced already; expected one of the "
                 "two. Give spacing='linspace' with the timesteps."
             )
-        if len(timesteps) != steps:
+        try:
+            given = list(islice(timesteps, total + 1))
+        except Exception:  # an object's own
+            given = []
+        whole = bool(given) and all(
+            isinstance(step, Integral) and not isinstance(step, bool) for step in given
+        )
+        if whole and len(given) != steps:
             raise ConfigError(
-                f"{self.name}: got {len(timesteps)} timesteps for {steps} steps; expected as many. "
-                f"Use num_inference_steps={len(timesteps)}."
+                f"{self.name}: got {len(given)} timesteps for {steps} steps; expected as many. "
+                f"Use num_inference_steps={len(given)}."
             )
-        whole = all(isinstance(step, Integral) and not isinstance(step, bool) for step in timesteps)
-        falling = whole and all(later < earlier for earlier, later in pairwise(timesteps))
-        if not falling or not 0 <= timesteps[-1] <= timesteps[0] < total:
+        falling = whole and all(later < earlier for earlier, later in pairwise(given))
+        if not falling or not 0 <= given[-1] <= given[0] < total:
             raise ConfigError(
                 f"{self.name}: timesteps got {shown(timesteps)}; expected each below the one before, "
                 f"whole numbers from at most {total - 1} to at least 0."
             )
-        return [int(step) for step in timesteps]
+        return [int(step) for step in given]
 
 
 def _resolve(name: str) -> tuple[type[Sampler], dict[str, Any]]:
