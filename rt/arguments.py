@@ -290,8 +290,12 @@ def _unicode(text: str, name: str) -> str:
 def _latents(given: object, expected: tuple[int, ...], they: str, needed: str) -> NDArray[np.float32]:
     """Finite float32 of a shape; `they` and `needed` are how the sentence begins and goes on that says otherwise."""
     try:
+        if isinstance(given, Sequence) and len(given) != expected[0]:  # before it is copied
+            raise ConfigError(
+                f"{they} {len(given)} of something; {needed} {expected}: pictures, channels, rows, columns"
+            )
         array = np.asarray(given)
-    except MemoryError:
+    except ConfigError:
         raise
     except Exception as error:  # an object's own, or ragged lists
         raise ConfigError(f"{they} no array ({type(error).__name__}); {needed} {expected}") from None

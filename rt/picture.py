@@ -150,8 +150,8 @@ def _scaled(array: NDArray[Any], *, wide: bool) -> Float32:
 def _of_image(image: Image.Image, size: tuple[int, int], mode: str) -> Float32:
     if 0 in image.size:
         raise _Wrong("has no pixels")
-    if image.mode in ("La", "RGBa"):  # alpha is multiplied in, which is undone first
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    # Alpha that is multiplied in is undone first; that of a palette has a mode of its own.
+    image = image.convert({"La": "LA", "RGBa": "RGBA", "P": "RGBA"}.get(image.mode, image.mode))
     # Palettes, hues and what lies under alpha cannot be resized as they are.
     flat = image if image.mode in ("L", "RGB") else image.convert("RGB")
     resized = _resized(flat.convert("RGB") if mode == "RGB" else flat, size).convert(mode)
