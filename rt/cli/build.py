@@ -14,6 +14,7 @@ from rt.cli.streams import hand_out, say
 from rt.config import BuildConfig, DType
 from rt.errors import ConfigError
 from rt.extras import needs
+from rt.shapes import ShapeProfile
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def command(
     synthetic:sd21, synthetic:sdxl, synthetic:tiny (the real shapes with random weights).
     """
     started = time.perf_counter()
+    _check_sizes(height, width, batch_size)
     chosen = _dtype(dtypes, dtype)
     engine, why = choose_target(backend, chosen)
     with needs("build", "rt build"):
@@ -144,6 +146,16 @@ def command(
     bundle = build(checkpoint, output, config, donor=opened, force=force, quiet=quiet)
     _report(bundle, why, time.perf_counter() - started)
     hand_out(str(output))
+
+
+def _check_sizes(height: tuple[int, ...], width: tuple[int, ...], batch_size: tuple[int, ...]) -> None:
+    """Each by itself, before a model is fetched; how they pair up, once its own size is known."""
+    for pixels in height:
+        ShapeProfile(pixels, 1)
+    for pixels in width:
+        ShapeProfile(1, pixels)
+    for pictures in batch_size:
+        ShapeProfile(1, 1, pictures)
 
 
 def _dtype(flags: tuple[str, ...], name: str | None) -> DType:

@@ -128,10 +128,10 @@ def command(
     pages = []
     if page is not None:
         pages = OutputPattern(page, in_folder="sheet.png").paths(seeds[:1], prompts[:1])
-    _check_free(paths, "-o", force=force)
-    _check_free(pages, "--sheet", force=force)
     if not {os.path.realpath(path) for path in paths}.isdisjoint(map(os.path.realpath, pages)):
         raise ConfigError(f"{pages[0]} would be a picture and the sheet: give --sheet another name")
+    _check_free(paths, "-o", force=force)
+    _check_free(pages, "--sheet", force=force)
     source = pipe.bundle.manifest.source
     settings: dict[str, object] = {"CFG Rescale": guidance_rescale} if guidance_rescale else {}
     if guidance_interval != (0, 1) and guidance_scale > 1:
