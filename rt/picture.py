@@ -105,14 +105,14 @@ def _read(picture: Picture) -> Image.Image | Float32:
 
 
 def _open(path: Path) -> Image.Image:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     Image.init()  # so that it knows all formats of its own
     known = [format for format in FORMATS if format in Image.OPEN]
     with _regular(path) as file:
         try:
             opened = Image.open(file, formats=known)
-        except (Image.UnidentifiedImageError, Image.DecompressionBombError):
+        except (UnidentifiedImageError, Image.DecompressionBombError):
             raise _Wrong("is no picture of a usual kind and size: expected PNG, JPEG or WebP") from None
         return ImageOps.exif_transpose(opened)
 
@@ -155,7 +155,8 @@ def _of_image(image: Image.Image, size: tuple[int, int], mode: str) -> Float32:
     # Palettes, hues and what lies under alpha cannot be resized as they are.
     flat = image if image.mode in ("L", "RGB") else image.convert("RGB")
     resized = _resized(flat.convert("RGB") if mode == "RGB" else flat, size).convert(mode)
-    return np.asarray(resized, np.float32) / np.float32(255)
+    found: Float32 = np.asarray(resized, np.float32) / np.float32(255)
+    return found
 
 
 def _of_floats(array: Float32, size: tuple[int, int], mode: str) -> Float32:
