@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,10 @@ def test_command_line(bundle: Path, tmp_path: Path) -> None:
     assert drawn.returncode == 0, drawn.stderr
     with Image.open(tmp_path / "out.png") as opened:
         assert opened.size == (SIDE, SIDE)
+    os.mkfifo(tmp_path / "pipe.png")
+    endless = rt("--image", "pipe.png", "--mask", "/dev/zero", "-o", "other.png")
+    assert endless.returncode == 2
+    assert endless.stderr == "error: image pipe.png is a directory, a pipe or a device: expected a file\n"
     refused = rt("--image", "in.png", "-o", "other.png")
     assert refused.returncode == 2 and "--image and --mask" in refused.stderr
     assert not (tmp_path / "other.png").exists()
