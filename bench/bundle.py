@@ -18,9 +18,10 @@ from rt.bundle import Bundle, EngineRecord
 from rt.engines import Engines
 from rt.errors import ConfigError
 from rt.model import Component
-from rt.pipeline import Pipeline, Timings
+from rt.pipeline import Pipeline
 from rt.progress import Bar, progress
 from rt.shapes import ShapeProfile
+from rt.timings import Timings
 
 PROMPT = "a red heart"
 

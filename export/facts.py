@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from rt.decode import decode, short
-from rt.errors import CheckpointError
+from rt.decode import decode
+from rt.errors import CheckpointError, shown
 from rt.export.repairs import sample_size, scheduler_config
 from rt.export.weights import LARGEST, LONGEST
 from rt.model import Component, Family, ModelSpec
@@ -213,7 +213,7 @@ def _facts(kind: type[F], configs: Mapping[str, Mapping[str, Any]], folder: str,
 
 
 def _plain(name: object) -> str:
-    return short(name).strip("'")
+    return shown(name).strip("'")
 
 
 def _class_name(index: Mapping[str, Any], folder: str) -> Any:
@@ -239,11 +239,11 @@ def _refuse_other_conditioning(
     for key, conditioning in _OTHER_CONDITIONING.items():
         if unet.get(key) is not None:
             raise CheckpointError(
-                f"{where} has a U-Net that wants {conditioning} ({key} {short(unet[key])}); {_READS}"
+                f"{where} has a U-Net that wants {conditioning} ({key} {shown(unet[key])}); {_READS}"
             )
     if unet.get("addition_embed_type") != addition:
         raise CheckpointError(
-            f"{where} has addition_embed_type {short(unet.get('addition_embed_type'))}, not {addition!r}; {_READS}"
+            f"{where} has addition_embed_type {shown(unet.get('addition_embed_type'))}, not {addition!r}; {_READS}"
         )
     if any(vae.get(key) is not None for key in ("latents_mean", "latents_std", "shift_factor")):
         raise CheckpointError(f"{where} has latents that are shifted as well as scaled; {_READS}")

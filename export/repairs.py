@@ -16,8 +16,7 @@ from typing import Any
 from diffusers import schedulers
 from packaging.version import InvalidVersion, Version
 
-from rt.decode import short
-from rt.errors import CheckpointError
+from rt.errors import CheckpointError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +57,8 @@ def scheduler_config(index: Mapping[str, Any], config: Mapping[str, Any], where:
             logger.info(
                 "%s: model_index.json names %s, scheduler_config.json %s: read as the former",
                 where,
-                short(named),
-                short(own),
+                shown(named),
+                shown(own),
             )
         scheduler["_class_name"] = named
 
@@ -75,8 +74,8 @@ def scheduler_config(index: Mapping[str, Any], config: Mapping[str, Any], where:
             where,
             index["_class_name"],
             ", ".join(
-                f"{repair.option} {short(repair.right)} instead of "
-                + (short(scheduler[repair.option]) if repair.option in scheduler else "none")
+                f"{repair.option} {shown(repair.right)} instead of "
+                + (shown(scheduler[repair.option]) if repair.option in scheduler else "none")
                 for repair in repairs
             ),
         )
@@ -100,7 +99,7 @@ def sample_size(
         written = Version(Version(unet["_diffusers_version"]).base_version)
     except (InvalidVersion, TypeError):
         raise CheckpointError(
-            f"{where}: the U-Net's config has _diffusers_version {short(unet['_diffusers_version'])}, expected "
+            f"{where}: the U-Net's config has _diffusers_version {shown(unet['_diffusers_version'])}, expected "
             "one like '0.30.0': correct or remove it"
         ) from None
     if written >= _SAYS_WHOLE_SIZE:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from rt.decode import short
-from rt.errors import CheckpointError, PickleError
+from rt.errors import CheckpointError, PickleError, shown
 from rt.json_file import parse_json, read_bounded
 from rt.model import Component
 
@@ -252,9 +251,9 @@ def _check_option(name: str, value: object) -> None:
     if isinstance(value, list) and len(value) > LONGEST:
         raise ValueError(f"{name} has {len(value):,} entries, expected at most {LONGEST:,}")
     if isinstance(value, dict) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{name} is {short(value)}")
+        raise ValueError(f"{name} is {shown(value)}")
     if type(value) is int and not 0 <= value <= LARGEST:
-        raise ValueError(f"{name} is {short(value)}, expected 0 to {LARGEST:,}")
+        raise ValueError(f"{name} is {shown(value)}, expected 0 to {LARGEST:,}")
     for item in value if isinstance(value, list) else ():
         _check_option(name, item)
 

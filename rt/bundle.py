@@ -23,8 +23,8 @@ from pathlib import Path
 from rt import contract
 from rt.backends import Backend, cpu_count
 from rt.config import BuildConfig, DType
-from rt.decode import decode, short
-from rt.errors import BundleError, IncompatibleBundleError, IntegrityError
+from rt.decode import decode
+from rt.errors import BundleError, IncompatibleBundleError, IntegrityError, shown
 from rt.json_file import parse_json, read_bounded
 from rt.kernel_image import KernelImage
 from rt.model import Component, ModelSpec
@@ -206,16 +206,16 @@ class Manifest:
         """Raise ValueError unless every path that is named is a file of the bundle."""
         for engine in self.engines:
             if not engine.forms:
-                raise ValueError(f"engine {short(engine.name)} has no form")
+                raise ValueError(f"engine {shown(engine.name)} has no form")
             for path in (*engine.forms.values(), engine.weights, engine.reference):
                 if path not in self.files:
                     raise ValueError(
-                        f"engine {short(engine.name)} names {short(path)}, which is not a file of the bundle"
+                        f"engine {shown(engine.name)} names {shown(path)}, which is not a file of the bundle"
                     )
         for kernel in self.kernels:
             if kernel.file not in self.files:
                 raise ValueError(
-                    f"kernel {short(kernel.name)} names {short(kernel.file)}, which is not a file of the bundle"
+                    f"kernel {shown(kernel.name)} names {shown(kernel.file)}, which is not a file of the bundle"
                 )
 
     def to_bytes(self) -> bytes:
@@ -263,7 +263,7 @@ class Manifest:
         # Every later schema keeps the digest, so that a damaged byte is never taken for a newer version.
         if body.get("schema") != SCHEMA:
             raise IncompatibleBundleError(
-                f"{path} has schema {short(body.get('schema'))}, and this rt reads {SCHEMA}: build it again, or use "
+                f"{path} has schema {shown(body.get('schema'))}, and this rt reads {SCHEMA}: build it again, or use "
                 f"the rt that built it"
             )
         try:
@@ -353,8 +353,8 @@ class Bundle:
         except (OSError, ValueError):  # a name that is too long or has a zero byte
             inside = False
         if not inside:
-            shown = file if name.isprintable() and len(name) < 256 else short(name)
-            raise IntegrityError(f"{shown} is missing or not a plain file; build or copy the bundle again")
+            what = file if name.isprintable() and len(name) < 256 else shown(name)
+            raise IntegrityError(f"{what} is missing or not a plain file; build or copy the bundle again")
         size = file.stat().st_size
         if size != record.size_bytes:
             raise IntegrityError(

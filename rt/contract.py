@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from rt.decode import short
+from rt.errors import shown
 from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile, TensorSpec
 
@@ -78,10 +78,10 @@ def check(spec: ModelSpec, programs: Iterable[Program]) -> None:
     }
     for program in programs:
         if (program.profile is not None) is not (program.component in _AT_A_SIZE):
-            raise ValueError(f"program {short(program.name)} has the shape {program.profile}")
+            raise ValueError(f"program {shown(program.name)} has the shape {program.profile}")
         takes, gives = _tensors(program, spec, features)
-        _check_tensors(f"{short(program.name)}: input", program.inputs, takes)
-        _check_tensors(f"{short(program.name)}: output", program.outputs, gives)
+        _check_tensors(f"{shown(program.name)}: input", program.inputs, takes)
+        _check_tensors(f"{shown(program.name)}: output", program.outputs, gives)
     states = [
         tensor.shape[-1]
         for p in programs
@@ -151,7 +151,7 @@ def _check_model(spec: ModelSpec) -> None:
         if min(value if isinstance(value, list) else [value], default=0) <= 0:
             raise ValueError(f"{name} is {value}, expected more than 0")
     if isinstance(spec.sample_size, list) and len(spec.sample_size) != 2:
-        raise ValueError(f"sample_size is {short(spec.sample_size)}, expected a side or a height and a width")
+        raise ValueError(f"sample_size is {shown(spec.sample_size)}, expected a side or a height and a width")
     encoders = spec.text_encoders
     if not encoders or len(set(encoders)) < len(encoders) or not set(encoders) <= set(_TEXT):
         raise ValueError(f"the text encoders are {[encoder.value for encoder in encoders]}")
@@ -163,7 +163,7 @@ def _check_model(spec: ModelSpec) -> None:
 
 def _check_once(what: str, values: list[str]) -> None:
     if twice := [value for value, times in Counter(values).items() if times > 1]:
-        raise ValueError(f"two have the {what} {short(twice[0])}")
+        raise ValueError(f"two have the {what} {shown(twice[0])}")
 
 
 def _check_tensors(what: str, tensors: tuple[TensorSpec, ...], wanted: Shapes) -> None:
@@ -172,12 +172,12 @@ def _check_tensors(what: str, tensors: tuple[TensorSpec, ...], wanted: Shapes) -
     if missing := [name for name in wanted if name not in found]:
         raise ValueError(f"{what} {missing[0]} is missing")
     if unknown := [name for name in found if name not in wanted]:
-        raise ValueError(f"{what} {short(unknown[0])} is not known")
+        raise ValueError(f"{what} {shown(unknown[0])} is not known")
     for name, shape in wanted.items():
         tensor, dtype = found[name], "int64" if name == "tokens" else "float32"
         sizes = [have if want is None else want for want, have in zip(shape, tensor.shape, strict=False)]
         if len(tensor.shape) != len(shape) or [*tensor.shape] != sizes or min(sizes, default=0) < 1:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(f"{what} {name} is {short([*tensor.shape])}, expected [{expected}]")
+            raise ValueError(f"{what} {name} is {shown([*tensor.shape])}, expected [{expected}]")
         if tensor.dtype != dtype:
-            raise ValueError(f"{what} {name} is {short(tensor.dtype)}, expected {dtype}")
+            raise ValueError(f"{what} {name} is {shown(tensor.dtype)}, expected {dtype}")

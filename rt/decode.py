@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from rt.errors import shown
 
 T = TypeVar("T")
 
@@ -21,14 +22,6 @@ _EXPECTED = {
     NoneType: "null",
     list: "a list",
 }
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 40
-_SHORT.maxlevel = 1
-
-
-def short(value: Any) -> str:
-    """Its `repr`, cut where it is long, so that any value of a file fits into a line."""
-    return _SHORT.repr(value)
 
 
 def decode(kind: type[T], data: Any, where: str = "") -> T:
@@ -137,8 +130,8 @@ def _expect(kind: Any, name: str, data: Any, where: str) -> Any:
 
 
 def _named(key: Any) -> str:
-    return short(key).strip("'")
+    return shown(key).strip("'")
 
 
 def _refuse(expected: str, data: Any, where: str) -> Any:
-    raise ValueError(f"{where} is {short(data)}, expected {expected}")
+    raise ValueError(f"{where} is {shown(data)}, expected {expected}")

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Integral
 
 from rt.backends import AUTO, DeviceBackend, DeviceEngine, Engine, choose, cpu_count
 from rt.backends.views import HostSide
 from rt.bundle import Bundle, EngineRecord
 from rt.cuda import Device, Stream
-from rt.decode import short
-from rt.errors import BundleError, ConfigError
+from rt.errors import BundleError, ConfigError, shown
 from rt.model import Component
 from rt.process import Calls, in_threads
 from rt.shapes import ShapeProfile
@@ -52,9 +52,11 @@ class Engines:
     """
 
     def __init__(self, bundle: Bundle, backend: str = AUTO, threads: int | None = None) -> None:
-        if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
+        if threads is not None and not (
+            isinstance(threads, Integral) and not isinstance(threads, bool) and 1 <= threads <= MOST_THREADS
+        ):
             raise ConfigError(
-                f"threads is {short(threads)}; it must be a whole number from 1 to {MOST_THREADS}, or None for all "
+                f"threads is {shown(threads)}; it must be a whole number from 1 to {MOST_THREADS}, or None for all "
                 f"processors"
             )
         config = bundle.manifest.config
@@ -69,7 +71,7 @@ class Engines:
             device = self.backend.open_device()
             self.place = Place(device, device.create_stream())
         self._bundle = bundle
-        self._threads = threads or cpu_count()
+        self._threads = int(threads or cpu_count())
         self._calls = Calls(self)
         self._verified: set[str] = set()
         self._loaded: dict[str, Engine] = {}

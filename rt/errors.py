@@ -22,6 +22,7 @@ Messages say what was got, what was expected and what to do, on one line.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -95,3 +96,24 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """` (did you mean X?)` for the valid name closest to `name`, or nothing when none is close."""
     close = difflib.get_close_matches(name.lower(), [*valid], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def printable(text: str) -> str:
+    """The text on one line: what would not print, or would steer a terminal, as Python writes it in a string."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
+
+
+def shown(value: object) -> str:
+    """Any value for a message: as Python writes it, on one line and short, also where it cannot be written."""
+    try:
+        return printable(_SHORT.repr(value))
+    except Exception:  # an object's own, and a whole number of more digits than Python writes
+        return f"{type(value).__name__} of a kind that cannot be shown"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80

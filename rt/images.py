@@ -14,7 +14,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rt.errors import ConfigError, RtError, nearest
+from rt.errors import ConfigError, RtError, nearest, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,6 +44,8 @@ XMP = b"""\
 </x:xmpmeta>
 <?xpacket end="r"?>"""
 
+LONGEST_NAME = 255
+"""In bytes, on the file systems that people have."""
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 EXIF_COMMENT_BYTES = 65_000  # an EXIF segment ends at 64 KiB
 
@@ -166,6 +168,8 @@ def save(
         raise RtError(
             f"cannot write {path}: {reason}; its folder must exist, be writable and have room"
         ) from error
+    except ValueError as error:  # Pillow's, of a side that the format has no room for
+        raise RtError(f"cannot write {path}: {error}; another format may hold it, such as .png") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -188,17 +192,22 @@ def _options(pil_format: str, metadata: ImageMetadata | None) -> dict[str, Any]:
         chunks = PngImagePlugin.PngInfo()
         chunks.add_itxt("XML:com.adobe.xmp", XMP.decode())
         if metadata:
-            chunks.add_text("parameters", metadata.parameters_text())
-            chunks.add_text("rt", metadata.to_json())
+            chunks.add_text("parameters", _unicode(metadata.parameters_text()))
+            chunks.add_text("rt", _unicode(metadata.to_json()))
         return {"pnginfo": chunks}
 
     options: dict[str, Any] = {"quality": 95, "xmp": XMP}
     if metadata:
-        comment = metadata.parameters_text().encode("utf-16-be")[:EXIF_COMMENT_BYTES]
+        comment = _unicode(metadata.parameters_text()).encode("utf-16-be")[:EXIF_COMMENT_BYTES]
         exif = Image.Exif()
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + comment
         options["exif"] = exif
     return options
+
+
+def _unicode(text: str) -> str:
+    """What no file can hold, as from the bytes of a model's name that are no text, becomes an escape."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class OutputPattern:
@@ -211,36 +220,73 @@ class OutputPattern:
         in_folder: The pattern of a file's name in a folder.
 
     Raises:
-        ConfigError: Unknown field, broken braces or unknown suffix.
+        ConfigError: Unknown field, broken braces, a format that does not fit or has no bounds, unknown suffix.
     """
 
     def __init__(self, pattern: str, in_folder: str = DEFAULT_NAME) -> None:
-        is_folder = pattern.endswith("/") or Path(pattern).is_dir()
+        is_folder = pattern.endswith("/") or os.path.isdir(pattern)
+        self._pattern = pattern
         self._template = os.path.join(pattern, in_folder) if is_folder else pattern
         try:
-            names = {name for _, name, _, _ in Formatter().parse(self._template) if name is not None}
+            fields = [
+                (name, spec) for _, name, spec, _ in Formatter().parse(self._template) if name is not None
+            ]
         except ValueError as error:
             raise ConfigError(f"{pattern!r} has unbalanced braces: {error}") from error
+        names = {name for name, _ in fields}
         for name in sorted(names.difference(FIELDS)):
             valid = ", ".join(f"{{{field}}}" for field in FIELDS)
             raise ConfigError(
                 f"{pattern!r} has the field {{{name}}}{nearest(name, FIELDS)}: expected {valid}"
             )
+        for width in (digits for _, spec in fields for digits in re.findall(r"\d+", spec or "")):
+            if len(width.lstrip("0")) > 3 or int(width) > LONGEST_NAME:
+                raise ConfigError(
+                    f"{shown(pattern)} has a field of width {shown(width)[1:-1]}: "
+                    f"expected at most {LONGEST_NAME}, which is how long a name can be"
+                )
         self._tells_apart = not names.isdisjoint({"seed", "index"})
-        try:
-            example = self.path(seed=0, index=0, prompt="", count=1)
-        except (LookupError, ValueError) as error:
-            raise ConfigError(f"{pattern!r} has a format that does not fit its field: {error}") from error
-        _format(example)
+        _format(self.path(seed=0, index=0, prompt="", count=1))
 
     def path(self, *, seed: int, index: int, prompt: str, count: int) -> Path:
         """The file of picture `index`, from 0, of a request for `count` pictures.
 
         Where neither seed nor index tells several pictures apart, "-{index:03d}" goes before the suffix.
+
+        Raises:
+            ConfigError: A format does not fit its field, or this value of it.
         """
         template = self._template
         if count > 1 and not self._tells_apart:
             stem, suffix = os.path.splitext(template)
             template = f"{stem}-{{index:03d}}{suffix}"
         digest = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()
-        return Path(template.format(seed=seed, index=index, date=date.today(), prompt_hash=digest[:10]))
+        try:
+            name = template.format(seed=seed, index=index, date=date.today(), prompt_hash=digest[:10])
+            if b"\0" in os.fsencode(name):
+                raise ValueError("it gives a character that no name can have")
+        except (LookupError, ValueError, OverflowError) as error:
+            raise ConfigError(
+                f"{self._pattern!r} has a format that does not fit its field: {error}"
+            ) from error
+        return Path(name)
+
+    def paths(self, seeds: Sequence[int], prompts: Sequence[str]) -> list[Path]:
+        """The files of all pictures of a request, one for each.
+
+        Raises:
+            ConfigError: As `path`; or two of them are the same file.
+        """
+        paths: list[Path] = []
+        taken: dict[str, int] = {}
+        for index, (seed, prompt) in enumerate(zip(seeds, prompts, strict=True)):
+            path = self.path(seed=seed, index=index, prompt=prompt, count=len(seeds))
+            _format(path)
+            first = taken.setdefault(os.path.realpath(path), index)
+            if first != index:
+                raise ConfigError(
+                    f"{path} would be picture {first} and picture {index}: {self._pattern!r} does not tell them "
+                    f"apart; put {{index}} into the name"
+                )
+            paths.append(path)
+        return paths

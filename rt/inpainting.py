@@ -7,21 +7,15 @@ every step the latents, the mask, and the latents of the picture with a grey hol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rt.errors import ConfigError
 from rt.noise import Noise
-
-if TYPE_CHECKING:
-    from PIL import Image
+from rt.picture import Picture, levels
 
 Float32 = NDArray[np.float32]
-Picture = Any
-"""A PIL image, uint8 (H, W, 3) or (H, W), or the path of a file, which is turned upright if it says how."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,18 +24,16 @@ class Inpainting:
 
     Attributes:
         mask: (1, h, w), 1 where the picture is painted anew, else 0.
-        mean: Of the latents (C, h, w) of the picture around the mask, as the VAE's encoder has them.
-        std: Of the same.
+        around: Latents (C, h, w) of the picture around the mask.
     """
 
     mask: Float32
-    mean: Float32
-    std: Float32
+    around: Float32
 
-    def around(self, noise: Noise) -> Float32:
-        """Latents (C, h, w) of the rest of the picture: the encoder gives a distribution, and this is one of it."""
-        drawn: Float32 = self.mean + self.std * noise.randn(self.mean.shape)
-        return drawn
+    @classmethod
+    def drawn(cls, mask: Float32, mean: Float32, std: Float32, noise: Noise) -> Inpainting:
+        """The encoder gives a distribution, `mean` and `std` (C, h, w), of which this takes one."""
+        return cls(mask=mask, around=mean + std * noise.randn(mean.shape))
 
 
 def cut_out(image: Picture, mask: Picture, height: int, width: int) -> tuple[Float32, Float32]:
@@ -50,43 +42,13 @@ def cut_out(image: Picture, mask: Picture, height: int, width: int) -> tuple[Flo
     Both are resized to the asked size (Lanczos); of the mask, what is brighter than half is painted anew.
 
     Raises:
-        ConfigError: One of the two is no picture.
+        ConfigError: One of the two is no picture, see `rt.picture.levels`.
     """
-    size = (width, height)
-    pixels = np.asarray(_resize(_open(image, "image").convert("RGB"), size), np.float32)
-    levels = np.asarray(_resize(_open(mask, "mask_image"), size).convert("L"), np.float32)
-    hole = np.where(levels / np.float32(255) >= 0.5, np.float32(1), np.float32(0))
-    return (pixels / np.float32(255) * 2 - 1) * (1 - hole)[..., None], hole
-
-
-def _open(picture: Picture, name: str) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        if isinstance(picture, str | Path):
-            with Image.open(picture) as opened:
-                return ImageOps.exif_transpose(opened)
-        if isinstance(picture, Image.Image):
-            return picture
-        pixels = np.asarray(picture)
-        if pixels.dtype != np.uint8:
-            raise TypeError
-        return Image.fromarray(pixels)
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+    pixels = levels(image, "image", (width, height), "RGB")
+    grey = levels(mask, "mask_image", (width, height), "L")
+    if 0 < grey.max() <= np.float32(1 / 255):
         raise ConfigError(
-            f"{name} {picture} is no picture of a usual kind and size: expected PNG, JPEG or WebP"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{name} {picture} cannot be read: {error.strerror or error}") from None
-    except (TypeError, ValueError):
-        array = isinstance(picture, np.ndarray)
-        kind = f"{picture.dtype} {picture.shape}" if array else type(picture).__name__
-        raise ConfigError(
-            f"{name} is {kind}: expected a PIL image, uint8 (height, width, 3) or (height, width), or a path"
-        ) from None
-
-
-def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    from PIL import Image
-
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+            "mask_image has no level above 1 of 255, so that nothing would be painted: give 0 and 255, or bool"
+        )
+    hole = np.where(grey >= 0.5, np.float32(1), np.float32(0))
+    return (pixels * 2 - 1) * (1 - hole)[..., None], hole

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import index
+from numbers import Integral
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rt.errors import ConfigError
+from rt.errors import ConfigError, shown
 
 BLOCK = 16
 
@@ -29,17 +29,31 @@ def bits_of(seed: int) -> int:
     """A seed as the unsigned 64-bit integer that torch takes it for.
 
     Raises:
-        ConfigError: It does not fit.
+        ConfigError: It does not fit, or is no whole number.
     """
-    if not -(2**63) <= index(seed) < 2**64:
-        raise ConfigError(f"seed {seed} does not fit into 64 bits: choose one from 0 to 2**64 - 1")
-    return index(seed) % 2**64
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise ConfigError(f"seed is {shown(seed)}; give a whole number")
+    if not -(2**63) <= int(seed) < 2**64:
+        raise ConfigError(f"seed {shown(seed)} does not fit into 64 bits: choose one from 0 to 2**64 - 1")
+    return int(seed) % 2**64
 
 
 def room(shape: Sequence[int], out: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """`out`, or a new array where there is none; raises as `Noise.randn`."""
+    try:
+        if isinstance(
+            shape, str | bytes | bytearray | memoryview
+        ):  # sequences to Python, and bytes even of numbers
+            raise TypeError
+        made = np.empty(shape, np.float32) if out is None else out
+    except MemoryError:
+        raise
+    except Exception:  # an object's own
+        raise ConfigError(f"shape is {shown(shape)}; give whole numbers from 0 on") from None
     if out is None:
-        return np.empty(shape, np.float32)
+        return made
+    if not isinstance(out, np.ndarray):
+        raise ConfigError(f"out is {shown(out)}: expected an array")
     if out.shape != tuple(shape) or out.dtype != np.float32 or not out.flags.c_contiguous:
         raise ConfigError(
             f"out is {out.dtype} {out.shape} with strides {out.strides}: "
@@ -59,7 +73,7 @@ class Noise(Protocol):
             out: float32, C-contiguous, of that shape; filled and returned.
 
         Raises:
-            ConfigError: `out` is of another shape, type or layout.
+            ConfigError: `shape` is none, or `out` is of another shape, type or layout.
         """
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from os import PathLike
 from threading import RLock
 from types import TracebackType
 from typing import Any, Literal
@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rt.arguments import (
+    check_backend,
+    check_callback,
     check_count,
     check_guidance,
     check_guidance_interval,
@@ -23,11 +25,16 @@ from rt.arguments import (
     check_latents,
     check_negative_prompts,
     check_output_type,
+    check_path,
     check_prompts,
+    check_replaced,
     check_rng,
+    check_scheduler,
     check_seeds,
+    check_side,
     check_step_cache,
     check_tensor_inputs,
+    check_timesteps,
     unknown_argument,
 )
 from rt.backends import AUTO
@@ -38,34 +45,23 @@ from rt.device_session import DeviceSession
 from rt.engines import EngineKey, Engines
 from rt.errors import ConfigError
 from rt.images import to_pil
-from rt.inpainting import Inpainting, Picture
+from rt.inpainting import Inpainting
 from rt.model import Component
+from rt.noise import Noise
+from rt.picture import Picture
 from rt.plan import plan
 from rt.process import on_fork
 from rt.samplers import Schedule, Scheduler, shorten
 from rt.session import Loop, OnStep, Row, RowState, Session, check_finite
 from rt.shapes import ShapeProfile, choose_size, split_batch
+from rt.timings import Stopwatch, Timings
 from rt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 OutputType = Literal["pil", "np", "latent"]
 Callback = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Timings:
-    """Wall clock of one call, in seconds; `steps` counts calls of the U-Net.
-
-    `load_s` is what the first call at a size spends on loading its engines; it is part of no other stage.
-    """
-
-    load_s: float
-    text_s: float
-    denoise_s: float
-    decode_s: float
-    total_s: float
-    steps: int
+ImageCallback = Callable[["Pipeline", int, Any], object]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +83,7 @@ class Pipeline:
     """A bundle, ready to draw. Calls from several threads take turns."""
 
     def __init__(self, bundle: Bundle, *, backend: str = AUTO, threads: int | None = None) -> None:
+        check_backend(backend)
         self.bundle = bundle
         spec = bundle.manifest.model
         bundle.verify(f"tokenizer/{encoder.value}.json" for encoder in spec.text_encoders)
@@ -113,7 +110,9 @@ class Pipeline:
         return f"Pipeline({str(self.bundle.path)!r}, backend={self.engines.backend.name!r})"
 
     @classmethod
-    def from_bundle(cls, path: str | Path, *, backend: str = AUTO, threads: int | None = None) -> Pipeline:
+    def from_bundle(
+        cls, path: str | PathLike[str], *, backend: str = AUTO, threads: int | None = None
+    ) -> Pipeline:
         """Open the bundle at `path`; engines load, and their files are hashed, when first needed.
 
         Args:
@@ -124,8 +123,9 @@ class Pipeline:
         Raises:
             BundleError, IntegrityError, IncompatibleBundleError: The bundle cannot be used.
             BackendUnavailableError: No engine is installed.
+            ConfigError: A value that has no meaning.
         """
-        return cls(Bundle.open(path), backend=backend, threads=threads)
+        return cls(Bundle.open(check_path(path)), backend=backend, threads=threads)
 
     def close(self) -> None:
         """Give sessions, engines and a GPU's memory back; a pipeline that is closed cannot draw."""
@@ -176,6 +176,7 @@ class Pipeline:
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_image_end: ImageCallback | None = None,
         guidance_rescale: float = 0.0,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
@@ -204,14 +205,19 @@ class Pipeline:
             latents: Unit noise (N, C, h, w) to begin with, instead of the seeds'.
             output_type: "pil", "np" or "latent".
             callback_on_step_end: Called as (pipe, step, timestep, {"latents": (B, C, h, w)}) after each step of a
-                batch; a "latents" in what it returns replaces them.
+                batch; returns None, or a dict whose "latents" replace them.
             callback_on_step_end_tensor_inputs: ["latents"], or [] for a callback that does not look at them: on a GPU
                 it then need not wait for each step.
+            callback_on_image_end: Called as (pipe, index, image) when a picture is done, such as to save it at once:
+                its place among all, and itself as in `PipelineOutput.images`. Those of a batch come one by one.
             guidance_rescale: φ of https://arxiv.org/abs/2305.08891, for zero-terminal-SNR models.
             seed: Of the first picture, the others count up from it; or one for each picture; random when left out.
             scheduler: Name of a sampler (`rt.samplers.SAMPLERS`, diffusers' class names), or a `Scheduler`;
                 the checkpoint's own when left out.
-            image: For an inpainting model: the picture to change, resized to the built size.
+            image: For an inpainting model: the picture to change, resized to the built size. Its encoder gives a
+                distribution. As diffusers does with a list of generators, a call takes one sample of it for all of its
+                pictures, with the noise of the first one's seed after its latents. So those after the first depend on
+                that seed, too, by the encoder's deviation: nothing to be seen in Stable Diffusion.
             mask_image: Bright where it is to be painted anew, from noise alone (diffusers' strength 1).
             guidance_interval: Start and stop of guidance in parts of the schedule, see `rt.samplers.shorten`; steps
                 outside cost half, and the picture is another one.
@@ -227,19 +233,21 @@ class Pipeline:
         """
         if unknown:
             raise unknown_argument(next(iter(unknown)), self.__call__)
-        started = time.perf_counter()
+        watch = Stopwatch()
         prompts = check_prompts(prompt)
         negatives = check_negative_prompts(negative_prompt, len(prompts))
-        repeats = check_count(num_images_per_prompt)
+        repeats = check_count(num_images_per_prompt, len(prompts))
         count = repeats * len(prompts)
         seeds = check_seeds(seed, count)
         stream = check_rng(rng)
         check_output_type(output_type)
+        check_callback(callback_on_step_end, "callback_on_step_end")
+        check_callback(callback_on_image_end, "callback_on_image_end")
         shown = check_tensor_inputs(callback_on_step_end_tensor_inputs)
         guidance_scale, guidance_rescale = check_guidance(guidance_scale, guidance_rescale)
         guidance_interval = check_guidance_interval(guidance_interval)
         guided = guidance_scale > 1
-        size = choose_size(self._profiles, height, width)
+        size = choose_size(self._profiles, check_side(height, "height"), check_side(width, "width"))
         shape = self.bundle.manifest.model.latent_shape(*size)
         given = check_latents(latents, (count, *shape))
         schedule = shorten(
@@ -251,42 +259,41 @@ class Pipeline:
 
         with self._turn():
             self._interrupt = False
-            watch = _Stopwatch()
+            first, start, inpainting = stream(seeds[0]), given[0], None
             with watch("load"):
                 self._load(size, count, schedule, guided=guided, decode=output_type != "latent")
             with watch("text"):
                 pairs = self._encode(prompts, negatives, guided=guided)
-                inpainting = None if hole is None else self._encode_picture(*hole)
-            rows = [
+                if hole is not None:
+                    start = first.randn(shape) if start is None else start
+                    inpainting = self._encode_picture(*hole, first)
+            rows = (
                 Row(
                     schedule=schedule,
-                    noise=stream(seeds[index]),
+                    noise=stream(seeds[index]) if index else first,
                     cond=pairs[index // repeats][0],
                     uncond=pairs[index // repeats][1],
                     guidance_scale=guidance_scale,
                     guidance_rescale=guidance_rescale,
-                    latents=given[index],
+                    latents=given[index] if index else start,
                     inpainting=inpainting,
                 )
                 for index in range(count)
-            ]
+            )
             images: list[Any] = []
             calls = 0
-            for session, batch in self._batches(rows, size):
+            for session, batch in self._batches(rows, count, size):
                 with watch("denoise"):
                     session.run(batch, self._on_step(callback_on_step_end, shown, shape))
                 calls += session.calls
                 with watch("decode"):
-                    images += _FINISH[output_type](session)
-        timings = Timings(
-            load_s=watch.seconds["load"],
-            text_s=watch.seconds["text"],
-            denoise_s=watch.seconds["denoise"],
-            decode_s=watch.seconds["decode"],
-            total_s=time.perf_counter() - started,
-            steps=calls,
-        )
-        return PipelineOutput(images=images, seeds=seeds[: len(images)], timings=timings)
+                    finished = _FINISH[output_type](session)
+                for _ in batch:
+                    with watch("decode"):
+                        images.append(next(finished))
+                    if callback_on_image_end is not None:
+                        callback_on_image_end(self, len(images) - 1, images[-1])
+        return PipelineOutput(images=images, seeds=list(seeds[: len(images)]), timings=watch.timings(calls))
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -329,6 +336,7 @@ class Pipeline:
         timesteps: Sequence[int] | None,
         eta: float | None,
     ) -> Schedule:
+        scheduler, timesteps = check_scheduler(scheduler), check_timesteps(timesteps)
         if not isinstance(scheduler, Scheduler):
             scheduler = Scheduler.from_config(self.bundle.manifest.model.scheduler, scheduler)
         return scheduler.schedule(
@@ -373,27 +381,27 @@ class Pipeline:
                 pooled = engine.outputs["pooled"][0].copy()
         return Conditioning(states=np.concatenate(states, axis=-1), pooled=pooled)
 
-    def _encode_picture(self, picture: NDArray[np.float32], hole: NDArray[np.float32]) -> Inpainting:
+    def _encode_picture(
+        self, picture: NDArray[np.float32], hole: NDArray[np.float32], noise: Noise
+    ) -> Inpainting:
         encoder = self.engines.get(Component.VAE_ENCODER, ShapeProfile(*hole.shape))
         np.copyto(encoder.inputs["image"][0], picture)
         encoder.enqueue()
         for output in encoder.outputs.values():
             check_finite(output, Component.VAE_ENCODER)
         factor = self.bundle.manifest.model.vae_scale_factor
-        return Inpainting(
-            mask=hole[None, ::factor, ::factor],
-            mean=encoder.outputs["mean"][0].copy(),
-            std=encoder.outputs["std"][0].copy(),
+        return Inpainting.drawn(
+            hole[None, ::factor, ::factor], encoder.outputs["mean"][0], encoder.outputs["std"][0], noise
         )
 
-    def _batches(self, rows: Sequence[Row], size: tuple[int, int]) -> Iterator[tuple[Loop, Sequence[Row]]]:
+    def _batches(
+        self, rows: Iterator[Row], count: int, size: tuple[int, int]
+    ) -> Iterator[tuple[Loop, Sequence[Row]]]:
         profiles = {profile.batch_size: profile for profile in self._profiles_of(size)}
-        start = 0
-        for batch_size in split_batch(len(rows), profiles):
+        for batch_size in split_batch(count, profiles):
             if self._interrupt:
                 return
-            yield self._session(profiles[batch_size]), rows[start : start + batch_size]
-            start += batch_size
+            yield self._session(profiles[batch_size]), list(islice(rows, batch_size))
 
     def _session(self, profile: ShapeProfile) -> Loop:
         if profile not in self._sessions:
@@ -420,41 +428,17 @@ class Pipeline:
             if callback is not None:
                 given = {"latents": np.stack([row.latents for row in rows])} if shown else {}
                 result = callback(self, step, float(rows[0].schedule.timesteps[step]), given)
-                if result and "latents" in result:
-                    _replace(rows, result["latents"], shape)
+                replaced = check_replaced(result, (len(rows), *shape))
+                for row, latents in zip(rows, replaced, strict=False):
+                    row.latents = latents
             return not self._interrupt
 
         return on_step
 
 
-def _replace(rows: Sequence[RowState], latents: Any, shape: tuple[int, int, int]) -> None:
-    """Put latents (B, C, h, w) in the place of the rows'; `shape` is theirs, which on a GPU are not read for it."""
-    replaced = np.asarray(latents)
-    expected = (len(rows), *shape)
-    if replaced.shape != expected:
-        raise ConfigError(f"the callback gave latents {replaced.shape}; expected {expected}")
-    for row, new in zip(rows, replaced, strict=True):
-        row.latents = new
-
-
-_FINISH: Mapping[OutputType, Callable[[Loop], list[Any]]] = {
-    "latent": lambda session: [latents.copy() for latents in session.latents()],
-    "np": lambda session: [np.clip(image / 2 + 0.5, 0, 1) for image in session.images()],
-    "pil": lambda session: [to_pil(pixels) for pixels in session.pixels()],
+_FINISH: Mapping[OutputType, Callable[[Loop], Iterator[Any]]] = {
+    "latent": lambda session: (latents.copy() for latents in session.latents()),
+    "np": lambda session: (np.clip(image / 2 + 0.5, 0, 1) for image in session.images()),
+    "pil": lambda session: (to_pil(pixels) for pixels in session.pixels()),
 }
-"""What becomes of a run, by `output_type`."""
-
-
-class _Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds = {"load": 0.0, "text": 0.0, "denoise": 0.0, "decode": 0.0}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - started
+"""What becomes of a run, by `output_type`: picture by picture."""

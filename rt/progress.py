@@ -46,7 +46,7 @@ class _Terminal:
 @contextmanager
 def progress(label: str, total: int, *, quiet: bool = False) -> Iterator[Bar]:
     """A bar of `total` steps, redrawn every second so that a long step does not look frozen."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield _Silent()
         return
     from tqdm import tqdm

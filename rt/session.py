@@ -240,8 +240,7 @@ class _Programs:
             engines.get(Component.UNET_CONTEXT), {side for row in rows for side in row.sides(guided=True)}
         )
         self._around = [
-            None if row.inpainting is None else (row.inpainting.mask, row.inpainting.around(row.noise))
-            for row in rows
+            None if row.inpainting is None else (row.inpainting.mask, row.inpainting.around) for row in rows
         ]
         self._steps: dict[StepProgram, Step] = {}
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rt.errors import ShapeError
+from rt.errors import ShapeError, shown
+
+MOST_AT_ONCE = 1024
+"""Pictures of a batch."""
+MOST_PIXELS = 2**28
+"""Of a batch: one picture of 16,384 x 16,384, 256 of 1,024 x 1,024."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +33,15 @@ class ShapeProfile:
     def __post_init__(self) -> None:
         for name in ("height", "width", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ShapeError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ShapeError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
+        if self.batch_size > MOST_AT_ONCE:
+            raise ShapeError(f"batch_size is {shown(self.batch_size)}; it must be at most {MOST_AT_ONCE}")
+        if self.batch_size * self.height * self.width > MOST_PIXELS:
+            raise ShapeError(
+                f"height {shown(self.height)} and width {shown(self.width)} for {self.batch_size} pictures at once "
+                f"are too large; a batch has at most {MOST_PIXELS:,} pixels"
+            )
 
     def __str__(self) -> str:
         return f"{self.batch_size} x {self.height} x {self.width}"

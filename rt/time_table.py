@@ -20,16 +20,15 @@ class TimeTable:
     """Moment → features `time_0` …, for the moments of the last `prepare`; those already known are not run again.
 
     Args:
-        engine: Of `Component.UNET_TIME`, which takes many moments at once.
+        engine: Of `Component.UNET_TIME`, which takes many moments at once. Tables of other sizes may share it.
         size: Height and width of the picture in pixels, which SDXL is told.
     """
 
     def __init__(self, engine: Engine, size: tuple[int, int]) -> None:
         self._engine = engine
+        self._size = size
         self._rows: dict[tuple[float, Conditioning | None], Mapping[str, Float32]] = {}
         self._pooled = engine.inputs.get("pooled")
-        if "sizes" in engine.inputs:
-            engine.inputs["sizes"][:] = (*size, 0, 0, *size)
 
     def prepare(self, moments: Iterable[Moment]) -> None:
         """Run the engine for each new moment, as many at a time as it has rows.
@@ -41,6 +40,8 @@ class TimeTable:
         new = [key for key in wanted if key not in self._rows]
         self._rows = {key: row for key, row in self._rows.items() if key in wanted}
         batch, features = self._engine.inputs["timestep"], self._engine.outputs
+        if new and "sizes" in self._engine.inputs:
+            self._engine.inputs["sizes"][:] = (*self._size, 0, 0, *self._size)
         for start in range(0, len(new), len(batch)):
             some = new[start : start + len(batch)]
             for row in range(len(batch)):

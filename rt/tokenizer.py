@@ -9,6 +9,7 @@ merges within a word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,12 +21,14 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
-from rt.decode import short
-from rt.errors import BundleError, CheckpointError, ConfigError
+from rt.errors import BundleError, CheckpointError, ConfigError, shown
 from rt.json_file import parse_json, read_bounded
 
-# A prompt of 1 MB takes most of a second to tokenize, and no model reads as far as this.
-MAX_CHARACTERS = 4096
+# A prompt of 1 MB takes seconds to tokenize, and no model reads as far as this: 77 tokens of 200 characters. Spaces are
+# no tokens, however many there are, so they are folded before the cut.
+MAX_CHARACTERS = 16384
+SPACES = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+SHOWN = 500
 
 _MOST_IDS = 1 << 20
 
@@ -41,7 +44,8 @@ class Tokens:
 
     Attributes:
         ids: int64 (max_length,): start, words, end, padding.
-        count: Tokens of the first 4096 characters with start and end, whether or not they fit.
+        count: Tokens with start and end, whether or not they fit; of the first 16,384 characters where there are more,
+            with spaces folded.
         dropped: The end of the prompt that did not fit, "" when all of it did.
     """
 
@@ -55,7 +59,8 @@ class Tokens:
         if not self.dropped:
             return ""
         return (
-            f"the prompt has {self.count} tokens; this model reads {self.ids.size}; dropped: {self.dropped}"
+            f"the prompt has {self.count} tokens; this model reads {self.ids.size}; "
+            f"dropped: {self.dropped[:SHOWN]}{'…' * (len(self.dropped) > SHOWN)}"
         )
 
 
@@ -93,13 +98,13 @@ class Tokenizer:
         _check_ids(vocab)
         for token in (bos_token, eos_token, pad_token):
             if token not in vocab:
-                raise CheckpointError(f"the special token {short(token)} is not in the vocabulary")
+                raise CheckpointError(f"the special token {shown(token)} is not in the vocabulary")
         try:
             pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
             bpe = models.BPE(dict(vocab), pairs, unk_token=eos_token, end_of_word_suffix="</w>")
         except Exception as error:  # `tokenizers` raises the bare class
             raise CheckpointError(
-                f"vocabulary and merges do not fit together: {short(str(error))}"
+                f"vocabulary and merges do not fit together: {shown(str(error))}"
             ) from error
 
         tokenizer = tokenizers.Tokenizer(bpe)
@@ -149,7 +154,7 @@ class Tokenizer:
             ConfigError: `text` has a lone surrogate, as from undecodable bytes on a command line.
         """
         try:
-            text = self._written_out(text)
+            text = self._written_out(SPACES.sub(" ", text) if len(text) > MAX_CHARACTERS else text)
             first = self._tokenizer.encode(text[:MAX_CHARACTERS])
         except TypeError as error:
             raise ConfigError(f"the prompt is not a string of valid Unicode: {ascii(text)[:80]}") from error
@@ -178,7 +183,7 @@ def _check_ids(vocab: Mapping[str, int]) -> None:
     for token, index in vocab.items():
         if type(index) is not int or not 0 <= index < _MOST_IDS or index in seen:
             raise CheckpointError(
-                f"the vocabulary has {short(token)} as {short(index)}: expected a number of its own, 0 to "
+                f"the vocabulary has {shown(token)} as {shown(index)}: expected a number of its own, 0 to "
                 f"{_MOST_IDS - 1:,}"
             )
         seen.add(index)
@@ -232,7 +237,7 @@ def from_folder(folder: Path, max_length: int) -> Tokenizer:
             added |= {token["id"]: _added_token(token) for token in listed}
         in_order = [added[index] for index in sorted(added)]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        what = f"{type(error).__name__} {short(str(error))}"
+        what = f"{type(error).__name__} {shown(str(error))}"
         raise CheckpointError(f"{folder} is not a CLIP tokenizer: {what}") from error
 
     known = {token.content for token in in_order}

@@ -10,6 +10,7 @@ import click
 from rt.backends import AUTO, BACKENDS
 from rt.bench.bundle import measure
 from rt.bench.report import Settings
+from rt.cli.streams import show
 from rt.errors import ConfigError
 from rt.extras import needs
 
@@ -47,12 +48,14 @@ def command(
     for file in (record, plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"{file.parent} is not a folder; make it first, or write {file.name} elsewhere")
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{file} is a folder; give the name of a file in it")
     if plot is not None:
         with needs("plot", "rt bench --plot"):
             from rt.bench.plot import draw
     settings = Settings(steps=steps, guidance_scale=guidance_scale, warmup=warmup, iterations=iterations)
     report = measure(bundle, settings, batch_size=batch_size, backend=backend, threads=threads, quiet=quiet)
-    click.echo(report.table())
+    show(*report.table().splitlines())
     if record is not None:
         record.write_text(json.dumps(report.to_json(), indent=1) + "\n")
     if plot is not None:

@@ -10,9 +10,11 @@ import click
 
 from rt.backends import AUTO, BACKENDS, choose_target
 from rt.bundle import Bundle
+from rt.cli.streams import hand_out, say
 from rt.config import BuildConfig, DType
 from rt.errors import ConfigError
 from rt.extras import needs
+from rt.shapes import ShapeProfile
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ def command(
     synthetic:sd21, synthetic:sdxl, synthetic:tiny (the real shapes with random weights).
     """
     started = time.perf_counter()
+    _check_sizes(height, width, batch_size)
     chosen = _dtype(dtypes, dtype)
     engine, why = choose_target(backend, chosen)
     with needs("build", "rt build"):
@@ -142,7 +145,17 @@ def command(
     opened = None if donor is None else Bundle.open(donor)
     bundle = build(checkpoint, output, config, donor=opened, force=force, quiet=quiet)
     _report(bundle, why, time.perf_counter() - started)
-    click.echo(output)
+    hand_out(str(output))
+
+
+def _check_sizes(height: tuple[int, ...], width: tuple[int, ...], batch_size: tuple[int, ...]) -> None:
+    """Each by itself, before a model is fetched; how they pair up, once its own size is known."""
+    for pixels in height:
+        ShapeProfile(pixels, 1)
+    for pixels in width:
+        ShapeProfile(1, pixels)
+    for pictures in batch_size:
+        ShapeProfile(1, 1, pictures)
 
 
 def _dtype(flags: tuple[str, ...], name: str | None) -> DType:
@@ -160,4 +173,4 @@ def _report(bundle: Bundle, why: str, seconds: float) -> None:
         for record in engine.passes:
             logger.info("%s: %s", engine.name, record)
     size = sum(record.size_bytes for record in bundle.manifest.files.values()) / 2**20
-    click.echo(f"built in {seconds:.0f} s, {size:.0f} MiB; {why}", err=True)
+    say(f"built in {seconds:.0f} s, {size:.0f} MiB; {why}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from rt.bundle import MANIFEST, Bundle, Manifest
+from rt.cli.streams import hand_out, show
 from rt.config import DType
 
 _KEPT = {dtype: "in fp32" for dtype in DType} | {DType.INT8: "not in int8", DType.FP8: "not in fp8"}
@@ -21,9 +22,9 @@ def command(bundle: Path, as_json: bool) -> None:
     """Describe BUNDLE from its manifest; no engine is loaded."""
     opened = Bundle.open(bundle)
     if as_json:
-        click.echo(json.dumps(json.loads((bundle / MANIFEST).read_bytes()), indent=1))
+        hand_out(*json.dumps(json.loads((bundle / MANIFEST).read_bytes()), indent=1).splitlines())
     else:
-        click.echo("\n".join(_describe(opened.manifest)))
+        show(*_describe(opened.manifest))
 
 
 def _describe(manifest: Manifest) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from types import FrameType
 from typing import NoReturn
@@ -13,7 +14,8 @@ from typing import NoReturn
 import click
 
 import rt
-from rt.errors import RtError, nearest
+from rt.cli.streams import abandon, check_written, open_streams, say
+from rt.errors import RtError, nearest, printable
 
 _VERBS = ("build", "run", "inspect", "verify", "bench", "doctor")
 _OUT_OF_MEMORY, _INTERRUPTED = 5, 130
@@ -56,6 +58,9 @@ def cli(ctx: click.Context, verbose: bool) -> None:
     """
     logging.getLogger("rt").addHandler(_AboveTheBar())
     logging.getLogger("rt").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of a picture, it also raises
+    if not (verbose or sys.warnoptions):
+        warnings.simplefilter("ignore")  # Python's, for programmers
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
@@ -66,7 +71,10 @@ class _AboveTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        try:
+            tqdm.write(printable(f"{record.levelname.lower()}: {record.getMessage()}"), file=sys.stderr)
+        except OSError:
+            abandon(sys.stderr)
 
 
 def main() -> NoReturn:
@@ -78,8 +86,11 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, _interrupt)
     sys.unraisablehook = _interrupt_again
+    open_streams()
     try:
-        sys.exit(cli.main(standalone_mode=False))
+        code = cli.main(standalone_mode=False)
+        check_written()
+        sys.exit(code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except RtError as error:
@@ -88,6 +99,11 @@ def main() -> NoReturn:
         _fail("out of memory; build a smaller size or batch, or with --fp16 or --bf16", _OUT_OF_MEMORY, error)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", _INTERRUPTED)
+    except OSError as error:  # of the system, not of rt: a full disk, a folder that went away
+        if isinstance(error.__context__, KeyboardInterrupt):  # click says it on stderr, which is full
+            _fail("interrupted", _INTERRUPTED)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _fail(f"{where}{error.strerror or error}", 1, error)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -105,6 +121,10 @@ def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
     if error is not None and logging.getLogger("rt").isEnabledFor(logging.INFO):
-        traceback.print_exception(error)
-    print(f"error: {message}", file=sys.stderr)
+        say(*"".join(traceback.format_exception(error)).splitlines())
+    say(f"error: {message}")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        abandon(sys.stdout)
     sys.exit(code)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 import rt
-from rt.arguments import RNGS
+from rt.arguments import RNGS, check_count, check_negative_prompts, check_prompts, check_seeds
 from rt.backends import AUTO, BACKENDS
 from rt.bundle import LoraRecord
+from rt.cli.streams import hand_out
 from rt.errors import ConfigError
 from rt.images import ImageMetadata, OutputPattern, save
 from rt.pipeline import Pipeline
@@ -119,45 +120,22 @@ def command(
     """Draw pictures of --prompt with BUNDLE and print their paths."""
     if not all(prompt.strip() for prompt in prompts):
         raise ConfigError('the prompt is empty; say what to draw: --prompt "a red heart"')
+    check_prompts(prompts)
+    check_negative_prompts(negative_prompt, len(prompts))
+    count = check_count(num_images_per_prompt, len(prompts)) * len(prompts)
+    seeds = check_seeds(seed, count)
     pipe = Pipeline.from_bundle(bundle, backend=backend, threads=threads)
     sampler = Scheduler.from_config(pipe.bundle.manifest.model.scheduler, scheduler, spacing=spacing)
-    first = secrets.randbits(32) if seed is None else seed
     asked = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-    seeds = [first + index for index in range(len(asked))]
-    calls = pipe.unet_calls(sampler.schedule(steps), len(asked), height, width)
-    pattern = OutputPattern(output or "./")
-    paths = [
-        pattern.path(seed=seed, index=index, prompt=prompt, count=len(asked))
-        for index, (seed, prompt) in enumerate(zip(seeds, asked, strict=True))
-    ]
+    calls = pipe.unet_calls(sampler.schedule(steps), count, height, width)
+    paths = OutputPattern(output or "./").paths(seeds, asked)
     pages = []
     if page is not None:
-        pattern = OutputPattern(page, in_folder="sheet.png")
-        pages = [pattern.path(seed=first, index=0, prompt=prompts[0], count=1)]
+        pages = OutputPattern(page, in_folder="sheet.png").paths(seeds[:1], prompts[:1])
+    if not {os.path.realpath(path) for path in paths}.isdisjoint(map(os.path.realpath, pages)):
+        raise ConfigError(f"{pages[0]} would be a picture and the sheet: give --sheet another name")
     _check_free(paths, "-o", force=force)
     _check_free(pages, "--sheet", force=force)
-    if not set(paths).isdisjoint(pages):
-        raise ConfigError(f"{pages[0]} would be a picture and the sheet: give --sheet another name")
-    with progress("draw", total=calls, quiet=quiet) as bar:
-        result = pipe(
-            prompts,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            step_cache=step_cache,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seeds,
-            rng=rng,
-            scheduler=sampler,
-            image=image,
-            mask_image=mask,
-            callback_on_step_end=lambda *step: bar.advance(),
-            callback_on_step_end_tensor_inputs=[],
-        )
     source = pipe.bundle.manifest.source
     settings: dict[str, object] = {"CFG Rescale": guidance_rescale} if guidance_rescale else {}
     if guidance_interval != (0, 1) and guidance_scale > 1:
@@ -166,14 +144,16 @@ def command(
         settings["Step cache"] = step_cache
     if rng == "cpu":  # other tools take it for a GPU's where nothing is said
         settings["RNG"] = "CPU"
-    for path, picture, used, prompt in zip(paths, result.images, seeds, asked, strict=True):
+    saved: list[Path] = []
+
+    def keep(pipe: Pipeline, index: int, picture: Any) -> None:
         metadata = ImageMetadata(
-            prompt=prompt,
+            prompt=asked[index],
             negative_prompt=negative_prompt or "",
             steps=steps,
             sampler=sampler.label,
             guidance_scale=guidance_scale,
-            seed=used,
+            seed=seeds[index],
             width=picture.width,
             height=picture.height,
             model=Path(source.name).stem,
@@ -181,9 +161,36 @@ def command(
             version=f"rt {rt.__version__}",
             extra={**settings, **_loras(source.loras)},
         )
-        save(path, np.asarray(picture), metadata=None if no_metadata else metadata, overwrite=force)
-    for path in pages:
-        save(path, np.asarray(sheet(result.images, asked)), overwrite=force)
+        save(paths[index], np.asarray(picture), metadata=None if no_metadata else metadata, overwrite=force)
+        saved.append(paths[index])
+
+    try:
+        with progress("draw", total=calls, quiet=quiet) as bar:
+            result = pipe(
+                prompts,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
+                guidance_interval=guidance_interval,
+                step_cache=step_cache,
+                negative_prompt=negative_prompt,
+                num_images_per_prompt=num_images_per_prompt,
+                seed=seeds,
+                rng=rng,
+                scheduler=sampler,
+                image=image,
+                mask_image=mask,
+                callback_on_step_end=lambda *step: bar.advance(),
+                callback_on_step_end_tensor_inputs=[],
+                callback_on_image_end=keep,
+            )
+        for path in pages:
+            save(path, np.asarray(sheet(result.images, asked)), overwrite=force)
+    finally:  # also where the next picture failed or was not waited for
+        if not as_json:
+            hand_out(*map(str, saved))
     if as_json:
         summary = {
             "images": [
@@ -196,9 +203,7 @@ def command(
             "backend_reason": pipe.engines.reason,
             "timings": asdict(result.timings),
         }
-        click.echo(json.dumps(summary, indent=1))
-    else:
-        click.echo("\n".join(str(path) for path in paths))
+        hand_out(*json.dumps(summary, indent=1).splitlines())
 
 
 def _loras(loras: tuple[LoraRecord, ...]) -> dict[str, str]:
@@ -213,7 +218,9 @@ def _check_free(paths: list[Path], option: str, *, force: bool) -> None:
     """Know that the files of `option` are free and have a folder, before minutes are spent on drawing them."""
     for path in paths:
         try:
-            if path.exists() and not force:
+            if path.is_dir():
+                raise ConfigError(f"{path} is a folder: choose another {option}")
+            if os.path.lexists(path) and not force:
                 raise ConfigError(f"{path} exists: choose another {option} or overwrite it with --force")
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(path.parent, os.W_OK):

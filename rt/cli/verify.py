@@ -9,6 +9,7 @@ import click
 
 from rt.backends import AUTO, BACKENDS, choose
 from rt.bundle import Bundle
+from rt.cli.streams import hand_out, show
 from rt.progress import progress
 from rt.verify import verify
 
@@ -29,8 +30,8 @@ def command(bundle: Path, backend: str, as_json: bool, quiet: bool) -> None:
             errors[record.name] = distances
             bar.advance()
     if as_json:
-        click.echo(json.dumps({"backend": engine.name, "relative_l2": errors}, indent=1))
+        hand_out(*json.dumps({"backend": engine.name, "relative_l2": errors}, indent=1).splitlines())
         return
     for name, distances in errors.items():
-        click.echo(f"ok  {name}  {max(distances.values()):.1e} from torch")
-    click.echo(f"ok  {len(opened.manifest.files)} files; {why}")
+        show(f"ok  {name}  {max(distances.values()):.1e} from torch")
+    show(f"ok  {len(opened.manifest.files)} files; {why}")

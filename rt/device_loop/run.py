@@ -70,7 +70,7 @@ class Run:
         """Everything that the steps read, but their noise. `times` knows the moments of all rows."""
         self._write_tables()
         around = [
-            None if row.inpainting is None else (row.inpainting.mask, row.inpainting.around(row.noise))
+            None if row.inpainting is None else (row.inpainting.mask, row.inpainting.around)
             for row in self.rows
         ]
         programs = {step.program: self._buffers.step(step.program) for step in self._steps}

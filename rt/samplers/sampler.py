@@ -12,20 +12,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from numbers import Real
-from types import NoneType
 from typing import Any, ClassVar, TypeVar
 
-from rt.decode import short
-from rt.errors import ConfigError, nearest
+from rt.errors import ConfigError, nearest, shown
 from rt.samplers import spacing
 from rt.samplers.noise_schedule import Floats, NoiseSchedule, betas
 from rt.samplers.table import Schedule
 
 S = TypeVar("S", bound="Sampler")
 
-_FIRST = object()
-_LARGEST = 1 << 31
 _MOST_TIMESTEPS = 100_000
+_LARGEST = 2**31
+"""Of a whole number: more has no meaning, and could not become a float."""
+_FIRST = object()
 
 
 def choice(*valid: Any, default: Any = _FIRST, reads_as: Mapping[str, str] | None = None) -> Any:
@@ -93,72 +92,45 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         for f in self.options():
             self._check(f, getattr(self, f.name))
-        self._check_noise()
+        if not 2 <= self.num_train_timesteps <= _MOST_TIMESTEPS:
+            raise ConfigError(
+                f"num_train_timesteps got {shown(self.num_train_timesteps)}; expected 2 to {_MOST_TIMESTEPS:,}. "
+                "Correct scheduler_config.json."
+            )
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ConfigError(
                 f"trained_betas has {len(self.trained_betas)} entries; expected num_train_timesteps = "
                 f"{self.num_train_timesteps}. Correct scheduler_config.json."
             )
-        if self.num_train_timesteps < 2:
-            raise ConfigError(
-                f"num_train_timesteps got {self.num_train_timesteps}; expected 2 or more. "
-                "Correct scheduler_config.json."
-            )
+        for beta in (
+            self.beta_start,
+            self.beta_end,
+            *([] if self.trained_betas is None else self.trained_betas),
+        ):
+            if not (isinstance(beta, Real) and 0 <= beta < 1):
+                raise ConfigError(
+                    f"beta_start, beta_end or trained_betas has {shown(beta)}; expected numbers from 0 to below 1. "
+                    "Correct scheduler_config.json."
+                )
         if self.use_karras_sigmas + self.use_exponential_sigmas + self.use_lu_lambdas > 1:
             raise ConfigError(
                 "more than one of use_karras_sigmas, use_exponential_sigmas and use_lu_lambdas is true; "
                 "expected at most one. Set the others to false in scheduler_config.json."
             )
 
-    def _check_noise(self) -> None:
-        if not self.num_train_timesteps <= _MOST_TIMESTEPS:
-            raise ConfigError(
-                f"num_train_timesteps got {short(self.num_train_timesteps)}; expected at most {_MOST_TIMESTEPS:,}. "
-                "Correct scheduler_config.json."
-            )
-        for beta in (
-            self.beta_start,
-            self.beta_end,
-            *(() if self.trained_betas is None else self.trained_betas),
-        ):
-            if not (isinstance(beta, Real) and 0 <= beta < 1):
-                raise ConfigError(
-                    f"beta_start, beta_end or trained_betas has {short(beta)}; expected numbers from 0 to below 1. "
-                    "Correct scheduler_config.json."
-                )
-
     def _check(self, option: Field[Any], value: Any) -> None:
-        name = type(self).__name__
         valid = option.metadata.get("valid")
-        if valid is not None and value not in valid:
+        if valid is not None:
+            fits = isinstance(value, str | bool | int | float | None) and value in valid
             close = nearest(value, valid) if isinstance(value, str) and isinstance(valid[0], str) else ""
+            expected = " or ".join(map(repr, valid)) + close
+            advice = "Choose another sampler, or set it so in the checkpoint's scheduler_config.json and build again"
+        else:
+            fits, expected = _fits(option, value)
+            advice = "Correct scheduler_config.json"
+        if not fits:
             raise ConfigError(
-                f"{name}: {option.name} got {short(value)}; expected {' or '.join(map(repr, valid))}{close}. "
-                "Choose another sampler, or set it so in the checkpoint's scheduler_config.json and build again."
-            )
-        kind, got = type(option.default), type(value)
-        if option.name == "trained_betas" and value is not None and not hasattr(value, "__len__"):
-            raise ConfigError(
-                f"{name}: trained_betas got {short(value)}; expected a list. Correct scheduler_config.json."
-            )
-        if kind in (int, float, NoneType) and isinstance(value, int) and abs(value) > _LARGEST:
-            raise ConfigError(
-                f"{name}: {option.name} got {short(value)}; expected at most {_LARGEST:,}. "
-                "Correct scheduler_config.json."
-            )
-        if (
-            kind is NoneType
-            and option.name.startswith("sigma_")
-            and value is not None
-            and got not in (int, float)
-        ):
-            raise ConfigError(
-                f"{name}: {option.name} got {short(value)}; expected a number. Correct scheduler_config.json."
-            )
-        if valid is None and kind in (bool, int, float) and got is not kind and (got, kind) != (int, float):
-            raise ConfigError(
-                f"{name}: {option.name} got {short(value)}; expected a value like {option.default!r}. "
-                "Correct scheduler_config.json."
+                f"{type(self).__name__}: {option.name} got {shown(value)}; expected {expected}. {advice}."
             )
 
     @property
@@ -195,6 +167,19 @@ class Sampler(ABC):
                 f"{t.max():g}; expected at most {self.num_train_timesteps - 1}. Use fewer steps or another spacing."
             )
         return t
+
+
+def _fits(option: Field[Any], value: Any) -> tuple[bool, str]:
+    """Whether an option that is not a choice can have that value, and what it can have."""
+    kind, got = type(option.default), type(value)
+    if option.name == "trained_betas":
+        return value is None or isinstance(value, list | tuple), "a list of numbers"
+    if option.default is None:
+        return value is None or (got in (int, float) and abs(value) <= _LARGEST), "a number"
+    if kind in (bool, int, float):
+        same = got is kind or (got, kind) == (int, float)
+        return same and (got is not int or abs(value) <= _LARGEST), f"a value like {option.default!r}"
+    return True, ""
 
 
 def _read(option: Field[Any], value: Any) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from numbers import Integral
+from itertools import islice, pairwise
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-from rt.errors import ConfigError, nearest
+from rt.errors import ConfigError, nearest, shown
 from rt.samplers.ddim import DDIM
 from rt.samplers.ddpm import DDPM
 from rt.samplers.deis import DEIS
@@ -104,6 +104,10 @@ class Scheduler:
     align_your_steps: str | None = None
     """`ays` or `ays-sdxl` where the timesteps are Align Your Steps', which no option of a sampler says."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampler, Sampler):
+            raise ConfigError(f"sampler is {shown(self.sampler)}; use Scheduler.from_config(config, name)")
+
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any], name: str | None = None, *, spacing: str | None = None
@@ -125,6 +129,14 @@ class Scheduler:
         Raises:
             ConfigError: an unknown name or spacing, or an option that the sampler does not support.
         """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"the scheduler's config is {shown(config)}; expected a mapping of its options")
+        for what, value in (("sampler", name), ("spacing", spacing)):
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{what} is {shown(value)}; expected a name, or None")
+        defaulted = config.get("_use_default_values", ())
+        if not isinstance(defaulted, list | tuple):
+            raise ConfigError(f"_use_default_values got {shown(defaulted)}; expected a list of names.")
         asked = name if name is not None else config.get("_class_name")
         if not isinstance(asked, str):
             raise ConfigError(
@@ -132,7 +144,6 @@ class Scheduler:
                 f"diffusers. Give a name, one of {', '.join(SAMPLERS)}."
             )
         if name is not None:
-            defaulted = config.get("_use_default_values", ())
             config = {key: value for key, value in config.items() if key not in defaulted}
             # A checkpoint that says nothing of clipping was not made to be clipped, whatever the other class's
             # default is: latents go far beyond 1.
@@ -177,12 +188,12 @@ class Scheduler:
             or not 1 <= num_inference_steps <= total
         ):
             raise ConfigError(
-                f"num_inference_steps got {num_inference_steps!r}; expected a whole number from 1 to "
+                f"num_inference_steps got {shown(num_inference_steps)}; expected a whole number from 1 to "
                 f"{total}, the number of timesteps that the model was trained on."
             )
         sampler = self.sampler if eta is None else self._with_eta(eta)
         if timesteps is not None:
-            self._check(timesteps, num_inference_steps)
+            timesteps = self._check(timesteps, int(num_inference_steps))
         elif self.align_your_steps is not None:
             timesteps = align_your_steps(self.align_your_steps, num_inference_steps, sampler.noise)
         with np.errstate(all="ignore"):  # λ is infinite at σ = 0; what must be finite is checked by Table
@@ -201,15 +212,17 @@ class Scheduler:
         return "-exponential" if self.sampler.use_exponential_sigmas else ""
 
     def _with_eta(self, eta: float) -> Sampler:
+        if not isinstance(eta, Real) or isinstance(eta, bool):
+            raise ConfigError(f"{self.name}: eta got {shown(eta)}; expected a number from 0 to 1.")
         if not isinstance(self.sampler, DDIM | TCD):
             if eta == 0:
                 return self.sampler
-            raise ConfigError(f"{self.name}: eta got {eta!r}; only ddim and tcd have it. Leave it out.")
+            raise ConfigError(f"{self.name}: eta got {shown(eta)}; only ddim and tcd have it. Leave it out.")
         if not 0 <= eta <= 1:
-            raise ConfigError(f"{self.name}: eta got {eta!r}; expected a number from 0 to 1.")
+            raise ConfigError(f"{self.name}: eta got {shown(eta)}; expected a number from 0 to 1.")
         return replace(self.sampler, eta=float(eta))
 
-    def _check(self, timesteps: Sequence[int], steps: int) -> None:
+    def _check(self, timesteps: Sequence[int], steps: int) -> list[int]:
         sampler, total = self.sampler, self.sampler.num_train_timesteps
         if not sampler.takes_timesteps:
             raise ConfigError(
@@ -221,17 +234,25 @@ class Scheduler:
                 f"{self.name}: got timesteps, but its noise levels are spaced already; expected one of the "
                 "two. Give spacing='linspace' with the timesteps."
             )
-        if len(timesteps) != steps:
+        try:
+            given = list(islice(timesteps, total + 1))
+        except Exception:  # an object's own
+            given = []
+        whole = bool(given) and all(
+            isinstance(step, Integral) and not isinstance(step, bool) for step in given
+        )
+        if whole and len(given) != steps:
             raise ConfigError(
-                f"{self.name}: got {len(timesteps)} timesteps for {steps} steps; expected as many. "
-                f"Use num_inference_steps={len(timesteps)}."
+                f"{self.name}: got {len(given)} timesteps for {steps} steps; expected as many. "
+                f"Use num_inference_steps={len(given)}."
             )
-        falling = all(later < earlier for earlier, later in pairwise(timesteps))
-        if not falling or not 0 <= timesteps[-1] <= timesteps[0] < total:
+        falling = whole and all(later < earlier for earlier, later in pairwise(given))
+        if not falling or not 0 <= given[-1] <= given[0] < total:
             raise ConfigError(
-                f"{self.name}: timesteps got {list(timesteps)}; expected each below the one before, "
-                f"from at most {total - 1} to at least 0."
+                f"{self.name}: timesteps got {shown(timesteps)}; expected each below the one before, "
+                f"whole numbers from at most {total - 1} to at least 0."
             )
+        return [int(step) for step in given]
 
 
 def _resolve(name: str) -> tuple[type[Sampler], dict[str, Any]]:

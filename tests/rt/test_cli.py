@@ -19,11 +19,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rt import session
 from rt.backends import BACKENDS, ON_HOST, Availability, get, inductor, openvino_cpu, ort_cpu
 from rt.bundle import MANIFEST, Bundle
 from rt.cli.main import main
+from rt.errors import RtError
+from rt.model import Component
 from rt.processors import Processors
 
+LONG = "warning: the prompt has "
 VERBS = ("build", "run", "inspect", "verify", "bench", "doctor")
 FAST = ("--steps", "2", "--seed", "7")
 
@@ -360,6 +364,13 @@ def test_what_is_not_a_bundle_is_code_3(rt: Rt, tmp_path: Path, verb: str) -> No
             ["--backend openvino"],
         ),
         (["build", "synthetic:tiny", "-o", "x", "--backend", "tensort"], ["--backend", "openvino"]),
+        (["build", "org/never", "-o", "x", "--height", 10**9], ["height 1000000000", "too large"]),
+        (["build", "org/never", "-o", "x", "--width", 10**30], ["too large", "268,435,456 pixels"]),
+        (
+            ["build", "org/never", "-o", "x", "--batch-size", f"1,{10**9}"],
+            ["batch_size is 1000000000", "at most 1024"],
+        ),
+        (["build", "org/never", "-o", "x", "--batch-size", "0"], ["batch_size is 0", "at least 1"]),
     ],
 )
 def test_usage_of_build(rt: Rt, tmp_path: Path, args: list[str], words: list[str]) -> None:
@@ -391,6 +402,26 @@ def test_usage_of_build(rt: Rt, tmp_path: Path, args: list[str], words: list[str
         (["--sheet", "taken.png"], ["taken.png exists", "--sheet", "--force"]),
         (["-o", "x.png", "--sheet", "x.png"], ["x.png would be a picture and the sheet", "--sheet"]),
         (["--sheet", "x.bmp"], [".bmp", ".png"]),
+        (["-n", 10**12], ["num_images_per_prompt is 1000000000000", "at most 65536 pictures"]),
+        (["-n", 40000, "-p", "another"], ["at most 65536 pictures"]),
+        (["--height", 10**9], ["1000000000 x any", "built for 64 x 64"]),
+        (["--threads", 10**9], ["threads is 1000000000", "at most 1024"]),
+        (["--seed", 2**64 - 1, "-n", 2], ["seed 18446744073709551616 does not fit into 64 bits"]),
+        (["--prompt", "a\udcff"], ["prompt is not a string of valid Unicode", r"'a\udcff'"]),
+        (["--negative-prompt", "\udcff"], ["negative_prompt is not a string of valid Unicode"]),
+        (["-o", "x" * 300 + ".png"], ["File name too long", "-o"]),
+        (["-o", f"{'y/' * 3000}x.png"], ["File name too long", "-o"]),
+        (["-o", "{seed:0999999999d}.png"], ["a field of width 0999999999", "at most 255"]),
+        (["-o", "{prompt_hash:>" + "9" * 5000 + "}.png"], ["a field of width 99999", "at most 255"]),
+        (["-o", "{date:%999999Y}.png"], ["a field of width 999999"]),
+        (
+            ["-n", 12, "--seed", 1, "-o", "{seed:.0e}.png"],
+            ["1e+01.png would be picture 9 and picture 10", "{index}"],
+        ),
+        (["-n", 2, "-o", "{index:.0}.png"], ["a format that does not fit its field"]),
+        (["-o", "{index:c}.png"], ["a format that does not fit its field", "no name can have"]),
+        (["-o", "{seed:c}.png", "--seed", 2**40], ["a format that does not fit its field"]),
+        (["-o", "x.png", "--sheet", "y/../x.png"], ["would be a picture and the sheet"]),
     ],
 )
 def test_usage_of_run(
@@ -402,6 +433,53 @@ def test_usage_of_run(
     assert all(word in result.error for word in words), result.error
     assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
     assert (tmp_path / "taken.png").read_bytes() == b"mine"
+
+
+def test_a_folder_and_a_dead_link_are_not_drawn_into(
+    rt: Rt, demo_bundle: Path, tmp_path: Path, no_engine: None
+) -> None:
+    (tmp_path / "7.png").mkdir()
+    (tmp_path / "8.png").symlink_to("nowhere")
+    folder = rt("run", demo_bundle, "-p", "x", "--seed", 7, "-o", "{seed}.png", "--force")
+    assert folder.code == 2 and folder.error.startswith("7.png is a folder")
+    link = rt("run", demo_bundle, "-p", "x", "--seed", 8, "-o", "{seed}.png")
+    assert link.code == 2 and link.error.startswith("8.png exists")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (RtError("the disk went away"), 1, "the disk went away")],
+    ids=["Ctrl-C", "error"],
+)
+def test_pictures_are_saved_as_they_are_done(
+    rt: Rt,
+    demo_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    says: str,
+) -> None:
+    """The third does not come to its end: two are there, whole and named, and no sheet."""
+    finite = session.check_finite
+    decoded = []
+
+    def check(output: object, component: Component) -> None:
+        decoded.append(component is Component.VAE_DECODER)
+        if sum(decoded) == 3:
+            raise error
+        finite(output, component)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(session, "check_finite", check)
+    result = rt(
+        "run", demo_bundle, "-p", "a red heart", *FAST, "-n", 5, "-o", "{index}.png", "--sheet", "sheet.png"
+    )
+    assert (result.code, result.out) == (code, "0.png\n1.png\n")
+    assert result.err.strip() == f"error: {says}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png"]
+    for index in range(2):
+        with Image.open(tmp_path / f"{index}.png") as image:
+            assert image.size == (64, 64) and f"Seed: {7 + index}" in image.info["parameters"]
 
 
 def test_build_asks_for_the_output_before_it_fetches_a_model(
@@ -632,6 +710,113 @@ def test_a_reader_that_leaves_early_gets_no_traceback(demo_bundle: Path) -> None
     )
     os.close(writing)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "says"),
+    [
+        ("2>&-", 0, ""),
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 1, "error: cannot write to stdout: No space left on device\n"),
+        ("2>/dev/full", 0, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(
+    demo_bundle: Path, tmp_path: Path, redirection: str, code: int, says: str
+) -> None:
+    """The picture is there all the same, and nothing else was written into it."""
+    command = (
+        f'"{sys.executable}" -m rt run "{demo_bundle}" -p "{"heart " * 40}" --steps 1 -o x.png {redirection}'
+    )
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == code
+    assert done.stdout == ("" if ">&- " in f"{redirection} ".replace("2>&-", "") or code else "x.png\n")
+    warned = "" if "2>" in redirection else LONG
+    assert done.stderr.startswith(warned) and done.stderr.endswith(says) and done.stderr.count("\n") <= 2
+    with Image.open(tmp_path / "x.png") as image:
+        image.load()
+
+
+@pytest.mark.parametrize("arguments", ["inspect nowhere", "--nonsense", "run nowhere"])
+def test_errors_keep_their_code_without_a_stderr(tmp_path: Path, arguments: str) -> None:
+    for redirection in ("2>&-", "2>/dev/full"):
+        command = f'"{sys.executable}" -m rt {arguments} {redirection}'
+        done = subprocess.run(command, shell=True, capture_output=True, cwd=tmp_path, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (3 if "inspect" in arguments else 2, b"", b"")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "inspect --help", "--version", "doctor --json"])
+def test_a_full_stdout_is_an_error(tmp_path: Path, arguments: str) -> None:
+    command = f'"{sys.executable}" -m rt {arguments} >/dev/full'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.endswith("No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+EVIL = "no\x1b[31mwhere\n\u202eend\udcff"
+HARMLESS = r"no\x1b[31mwhere\n\u202eend\udcff"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            ["inspect", EVIL],
+            ["verify", EVIL],
+            ["bench", EVIL],
+            ["run", EVIL, "-p", "x"],
+            ["build", EVIL, "-o", "x"],
+        ),
+        *([EVIL], ["run", "x", f"--{EVIL}"], ["bench", "x", "--json", f"{EVIL}/x"]),
+    ],
+    ids=lambda arguments: arguments[0][:7].strip("-"),
+)
+def test_names_cannot_steer_a_terminal(rt: Rt, arguments: list[str]) -> None:
+    assert HARMLESS in rt(*arguments, *(["--offline"] if arguments[0] == "build" else [])).error
+
+
+def test_nor_can_a_prompt_a_traceback_or_a_bundle(
+    rt: Rt, demo_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rt.cli import streams
+
+    cut = rt("run", demo_bundle, "-p", "heart " * 40 + "\x1b[31m\x07red", *FAST, "-o", "x.png")
+    assert cut.code == 0 and r"\x1b[31m\x07red" in cut.err and cut.err.count("\n") == 1
+    assert "\x1b" not in rt("-v", "inspect", EVIL).err
+    streams.show(EVIL)
+    assert capsys.readouterr().out == HARMLESS + "\n"
+
+
+def test_a_path_is_handed_out_as_it_is_but_not_to_a_terminal(
+    process: Rt,
+    demo_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from rt.cli import streams
+
+    name = "a\x1b[31m\udcff.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "rt", "run", demo_bundle, "-p", "x", "--steps", "1", "-o", name],
+        capture_output=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, os.fsencode(name) + b"\n")
+    assert (tmp_path / name).is_file()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    streams.hand_out(name)
+    assert capsys.readouterr().out == r"a\x1b[31m\udcff.png" + "\n"
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "bench", "run"])
+def test_names_of_any_length(rt: Rt, verb: str) -> None:
+    for name in ("x" * 300, "x/" * 3000):
+        result = rt(verb, name, *(["-p", "x"] if verb == "run" else []))
+        assert result.code in (1, 3) and "too long" in result.error
 
 
 def test_verbose_shows_the_traceback_above_the_one_line(rt: Rt) -> None:

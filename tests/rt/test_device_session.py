@@ -176,11 +176,11 @@ def test_inpainting(make_session, rng):
     engines = FakeEngines()
     add(engines)
     session = make_session(engines)
-    mean, std = rng.standard_normal((2, 3, *SHAPE), dtype=np.float32)
+    around = rng.standard_normal((3, *SHAPE), dtype=np.float32)
     holes = (rng.random((3, 1, *SHAPE[1:])) < 0.5).astype(np.float32)
     makes = recipes(rng, guided=True)[:3]
     rows = lambda: [  # noqa: E731
-        replace(make(), inpainting=Inpainting(mask=holes[i], mean=mean[i], std=std[i]))
+        replace(make(), inpainting=Inpainting(mask=holes[i], around=around[i]))
         for i, make in enumerate(makes)
     ]
     assert_same(session.denoise(rows()), host(rows(), extra=add))

@@ -345,8 +345,62 @@ def test_every_picture_has_its_own_path(pattern):
         ("{seed:q}.png", "a format that does not fit"),
         ("{seed:{width}}.png", "a format that does not fit"),
         ("{seed}.{date}", "expected one of"),
+        ("{seed:0999999999d}.png", "a field of width 0999999999: expected at most 255"),
+        ("{index:256}.png", "a field of width 256"),
+        ("{seed:.99999999999f}.png", "a field of width 99999999999"),
+        ("{date:%9999999Y}.png", "a field of width 9999999"),
+        ("{prompt_hash:>" + "9" * 5000 + "}.png", "a field of width 99999"),
+        ("{index:c}.png", "it gives a character that no name can have"),
+        ("{index:.0}.png", "a format that does not fit"),
     ],
 )
 def test_bad_pattern(pattern, message):
     with pytest.raises(ConfigError, match=message):
         OutputPattern(pattern)
+
+
+def test_a_value_that_does_not_fit_the_format():
+    with pytest.raises(ConfigError, match="a format that does not fit its field"):
+        OutputPattern("{seed:c}.png").path(seed=2**40, index=0, prompt="", count=1)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{seed:.0e}.png", "{index:.0e}.png", "{seed:.1}{date}.png", "{index:%}.png", "out/"]
+)
+def test_pictures_that_would_be_one_file(pattern, tmp_path, monkeypatch):
+    """Found among the names themselves, whatever the pattern looks like."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        output = OutputPattern(pattern)
+        names = [output.path(seed=95 + i, index=i, prompt="", count=30) for i in range(30)]
+    except ConfigError:  # a precision is nothing for a whole number
+        return
+    if len(set(names)) == 30:
+        assert output.paths(range(95, 125), [""] * 30) == names
+    else:
+        with pytest.raises(
+            ConfigError, match=r"would be picture \d+ and picture \d+: .*put {index} into the name"
+        ):
+            output.paths(range(95, 125), [""] * 30)
+
+
+def test_a_link_between_two_folders_of_a_pattern(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").symlink_to("1")
+    pattern = OutputPattern(f"{tmp_path}/{{seed}}/x.png")
+    with pytest.raises(ConfigError, match=r"2/x\.png would be picture 0 and picture 1"):
+        pattern.paths([1, 2], ["", ""])
+
+
+def test_a_side_that_a_format_has_no_room_for(tmp_path):
+    path = tmp_path / "picture.webp"
+    with pytest.raises(RtError, match=r"cannot write .*picture\.webp: .*16383.*; another format may hold it"):
+        save(path, np.zeros((1, 16384, 3), np.uint8))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_bytes_that_are_no_text_become_escapes(tmp_path, image, suffix):
+    path = tmp_path / f"picture.{suffix}"
+    save(path, image, metadata=replace(METADATA, model="a\udcffb"))
+    assert r"a\udcffb" in written_parameters(path)

@@ -286,6 +286,31 @@ def test_callback_sees_every_step_of_every_batch(pipe, words, rng):
     assert result.timings.steps == len(seen) == pipe.unet_calls(schedule, 3)
 
 
+@pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
+def test_pictures_are_handed_over_as_they_are_done(pipe, words, output_type):
+    seen: list[tuple[str, int]] = []
+    given: list[Any] = []
+
+    def keep(from_pipe: rt.Pipeline, index: int, image: Any) -> None:
+        assert from_pipe is pipe
+        seen.append(("image", index))
+        given.append(image)
+
+    images = pipe(
+        words(), num_images_per_prompt=3, seed=5, output_type=output_type, callback_on_image_end=keep,
+        callback_on_step_end=lambda p, step, t, kw: seen.append(("step", step)), **FAST,
+    ).images  # fmt: skip
+    steps = [("step", 0), ("step", 1)]
+    assert seen == [*steps, ("image", 0), ("image", 1), *steps, ("image", 2)]
+    assert all(one is other for one, other in zip(given, images, strict=True))
+
+
+def test_an_error_when_a_picture_is_done_passes_through(pipe, words):
+    with pytest.raises(LookupError, match="mine"):
+        pipe(words(), callback_on_image_end=lambda *image: {}["mine"], **FAST)
+    assert pipe(words(), **FAST).images
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_callback_may_replace_the_latents(pipe, words, rng, in_place):
     other = rng.standard_normal((2, *LATENTS), dtype=np.float32)

@@ -457,7 +457,7 @@ def sd2(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("sdxl")
     reference = random_pipeline(SDXL, folder)
-    return Pair(reference, build_at(folder / "model", folder / "bundle", (16, 24)))
+    return Pair(reference, build_at(folder / "model", folder / "bundle", (16, 24), (24, 16)))
 
 
 @pytest.mark.slow
@@ -490,3 +490,15 @@ def test_stable_diffusion_xl(sdxl, negative, scale, words, seed):
     if scale > 1:
         other = "x" if negative else None if negative == "" else ""
         assert away(sdxl.ours(prompt, **arguments, negative_prompt=other).images, ours.images) > VISIBLE
+
+
+@pytest.mark.slow
+def test_sizes_of_stable_diffusion_xl_take_turns(sdxl, words, seed):
+    """It is told the size of the picture, by engines that all sizes share."""
+    prompt = words()
+    arguments = {"seeds": [seed], "num_inference_steps": 3, "guidance_scale": 3.0}
+    first = sdxl.ours(prompt, **arguments, height=16, width=24)
+    check_same(*sdxl.both(prompt, **arguments, height=24, width=16))
+    again, theirs = (draw(prompt, **arguments, height=16, width=24) for draw in (sdxl.ours, sdxl.theirs))
+    np.testing.assert_array_equal(again.images, first.images)
+    check_same(theirs, again)

@@ -29,8 +29,12 @@ class Doubling:
         self.outputs["time_0"][:, 0, 0] = timestep
         self.outputs["time_1"][:, 0, 0] = 2 * timestep
         if "pooled" in self.inputs:
-            assert (self.inputs["sizes"] == [48, 64, 0, 0, 48, 64]).all()
+            height, width, *_ = self.inputs["sizes"].T
+            assert (
+                self.inputs["sizes"] == np.stack([height, width, 0 * height, 0 * width, height, width], 1)
+            ).all()
             self.outputs["time_1"][:, 0, 0] += self.inputs["pooled"][:, 0]
+            self.outputs["time_2"] = (1000 * height + width)[:, None, None]
 
 
 def text(pooled: float | None = None) -> Conditioning:
@@ -63,7 +67,7 @@ def test_where_text_is_mixed_in_each_text_has_features_of_its_own() -> None:
     prompt, negative = text(5.0), text(7.0)
     moments = [(timestep, side) for timestep in (3.0, 1.0) for side in (prompt, negative)]
     table.prepare(moments)
-    assert [features(table, *moment) for moment in moments] == [[3, 11], [3, 13], [1, 7], [1, 9]]
+    assert [features(table, *moment)[:2] for moment in moments] == [[3, 11], [3, 13], [1, 7], [1, 9]]
     table.prepare([*moments, (1.0, text(9.0))])
     assert engine.asked == [[3, 3, 1], [1, 1, 1], [1, 1, 1]], "only the new text"
 
@@ -76,3 +80,13 @@ def test_known_timesteps_are_not_run_again_and_others_are_forgotten() -> None:
     assert engine.asked == [[3], [1], [2]]
     with pytest.raises(KeyError):
         table[3, prompt]
+
+
+def test_tables_of_several_sizes_share_an_engine() -> None:
+    """Each tells it its own size, whoever was the last."""
+    engine = Doubling(2, pooled=True)
+    tables = {size: TimeTable(engine, size) for size in (SIZE, (64, 48), (32, 32))}
+    for timestep, size in enumerate([SIZE, (64, 48), SIZE, (32, 32), (64, 48), SIZE]):
+        prompt = text(0.0)
+        tables[size].prepare([(timestep, prompt)])
+        assert features(tables[size], timestep, prompt)[2] == 1000 * size[0] + size[1]

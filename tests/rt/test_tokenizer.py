@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+from tokenizers import Regex, normalizers
 from transformers import CLIPTokenizer
 
 from rt.errors import BundleError, CheckpointError, ConfigError
-from rt.tokenizer import MAX_CHARACTERS, Tokenizer, from_folder
+from rt.tokenizer import MAX_CHARACTERS, SPACES, Tokenizer, from_folder
 
 FOLDER = Path(__file__).parents[1] / "data" / "tokenizer"
 START, END = 2310, 2311
@@ -208,10 +209,52 @@ def test_warning_names_what_was_dropped(tokenizer):
     )
 
 
+def test_long_prompts_read_as_transformers_reads_them():
+    """Full of spaces, of one character, of what Unicode composes; before, between and behind the words."""
+    ours, theirs = from_folder(FOLDER, 77), CLIPTokenizer.from_pretrained(FOLDER)
+    rng = random.Random()
+    kinds = [
+        " ",
+        "\n",
+        "\u3000",
+        " \t\r\n\x85\xa0\u2028",
+        "a",
+        "=",
+        "<|",
+        "e\u0301",
+        "\u1112\u1161\u11ab",
+        "😀",
+        "\x1f",
+        "\u200b",
+    ]
+    for kind in kinds:
+        for count in (5000, MAX_CHARACTERS + 1):
+            filler = kind * (count // len(kind) + 1)
+            for text in (
+                filler + "red face",
+                "red" + filler + "face",
+                " ".join(rng.choices(PIECES, k=9)) + filler,
+            ):
+                expected = theirs(text, padding="max_length", truncation=True, max_length=77)["input_ids"]
+                assert ours(text).ids.tolist() == expected, (kind, count)
+
+
+def test_spaces_are_those_of_the_tokenizer():
+    folding = normalizers.Replace(Regex(r"\s+"), " ")
+    for code in (*range(0xD800), *range(0xE000, 0x10000)):
+        assert (SPACES.sub(" ", f"a{chr(code)}") == "a ") == (
+            folding.normalize_str(f"a{chr(code)}") == "a "
+        ), hex(code)
+
+
+def test_a_warning_is_of_bounded_length(tokenizer):
+    assert len(tokenizer("red " * 10000).warning) < 600
+
+
 def test_what_is_cut_before_tokenizing_is_dropped(tokenizer):
     spaces = " " * MAX_CHARACTERS
     assert tokenizer(spaces).dropped == ""
-    assert tokenizer(spaces + "red").dropped == "red"
+    assert tokenizer(spaces + "red").dropped == ""
     digits = "1" * 10 * MAX_CHARACTERS
     tokens = tokenizer(digits)
     assert tokens.count == MAX_CHARACTERS + 2
