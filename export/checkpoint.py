@@ -5,8 +5,9 @@ folder · hub id · single file · synthetic  →  Checkpoint (facts, configs, f
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -19,11 +20,14 @@ from rt.export.facts import FOLDERS, read_spec
 from rt.export.folder import open_folder
 from rt.export.hub import open_hub
 from rt.export.lora import Lora, open_lora
+from rt.export.names import ignored, is_surplus, summary
 from rt.export.single_file import open_single_file
 from rt.export.synthetic import open_synthetic
 from rt.export.weights import PICKLE_SUFFIXES, build_empty, check, fill, pickle_error
 from rt.model import Component, ModelSpec
 from rt.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -101,7 +105,9 @@ class Checkpoint:
         """Raise `CheckpointError` unless the weights' headers fit the configs and each tokenizer opens."""
         for component in self.components:
             module = build_empty(component, self._config(component))
-            check(module, self.source.headers(component), self._where(component))
+            headers, where = self.source.headers(component), self._where(component)
+            check(module, headers, where)
+            _say_ignored(module, headers, where)
             for lora in self.loras:
                 lora.check(component, module)
         for encoder in self.spec.text_encoders:
@@ -187,6 +193,14 @@ def open_checkpoint(
     checkpoint = replace(checkpoint, loras=opened)
     checkpoint.check()
     return checkpoint
+
+
+def _say_ignored(module: nn.Module, names: Iterable[str], where: str) -> None:
+    more = ignored(module, names)
+    if surplus := [name for name in more if is_surplus(module, name)]:
+        logger.warning("%s: left out, since the config says fewer layers: %s", where, summary(surplus))
+    if rest := [name for name in more if not is_surplus(module, name)]:
+        logger.info("%s: left out, since no %s has it: %s", where, type(module).__name__, summary(rest))
 
 
 _SYNTHETIC = "synthetic:"

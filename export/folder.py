@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from rt.export.facts import FOLDERS, components
 from rt.export.weights import PICKLE_SUFFIXES, pickle_error, read_headers, read_json, read_tensors
 from rt.model import Component
 from rt.tokenizer import Tokenizer, from_folder
+
+logger = logging.getLogger(__name__)
 
 TOKENIZERS = {Component.TEXT_ENCODER: "tokenizer", Component.TEXT_ENCODER_2: "tokenizer_2"}
 
@@ -57,14 +60,18 @@ def open_folder(root: Path, variant: str | None) -> Folder:
     configs = {"model_index": read_json(root / "model_index.json")}
     parts = components(configs, str(root))
     folders = [FOLDERS[component] for component in parts]
-    configs |= {folder: read_json(root / folder / "config.json") for folder in folders}
+    configs |= {folder: _text_config(read_json(root / folder / "config.json")) for folder in folders}
     configs["scheduler"] = read_json(root / "scheduler" / "scheduler_config.json")
     if automatic := [folder for folder, config in configs.items() if "auto_map" in config]:
         raise CheckpointError(
             f"{root / automatic[0]} has an `auto_map`, which runs code of the checkpoint's own: refused"
         )
 
-    weights = {component: weight_files(root, FOLDERS[component], names, variant) for component in parts}
+    chosen = choose_weights(root, folders, names, variant)
+    for folder in dict.fromkeys(folders) if variant else ():
+        if chosen[folder].variant != variant:
+            logger.warning("%s has no variant %r: its plain weights are taken", root / folder, variant)
+    weights = {component: chosen[FOLDERS[component]].files() for component in parts}
     tokenizers = [root / TOKENIZERS[part] for part in parts if part in TOKENIZERS]
     shaping = [
         root / "model_index.json",
@@ -77,32 +84,77 @@ def open_folder(root: Path, variant: str | None) -> Folder:
     return Folder(root, configs, files, weights, read_licence(root))
 
 
-def weight_files(root: Path, folder: str, names: Collection[str], variant: str | None) -> tuple[Path, ...]:
-    """The weights in `folder`, one file or shards: the variant asked for, else the plain, else the only one.
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a component; of a text encoder that was saved with all of CLIP, what transformers takes of that."""
+    text = config.get("text_config")
+    return text if config.get("model_type") == "clip" and isinstance(text, dict) else config
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of one component: a file, or the index of shards, and whose variant it is; None for the plain one."""
+
+    path: Path
+    variant: str | None
+
+    def files(self) -> tuple[Path, ...]:
+        """All that have tensors; the index must be there by then."""
+        return _shards(self.path) if self.path.suffix == ".json" else (self.path,)
+
+
+def choose_weights(
+    root: Path, folders: Collection[str], names: Collection[str], variant: str | None
+) -> dict[str, Weights]:
+    """The weights in each of `folders`: the variant asked for, else the plain, else, if none was asked for, the only one.
+
+    As in diffusers, some component must have the variant.
 
     Args:
         root: Where the checkpoint's JSON files are; the weights themselves need not be there yet.
-        folder: Of the component.
+        folders: Of the components.
         names: Of all files of the checkpoint, relative to its root.
         variant: E.g. `fp16` for `diffusion_pytorch_model.fp16.safetensors`.
+
+    Raises:
+        CheckpointError: A component has no weights, or several and neither plain nor the variant; or none has the variant.
+        PickleError: A component has no weights but pickles.
     """
+    there = {folder: _variants(root, folder, names) for folder in folders}
+    if variant is not None and not any(variant in variants for variants in there.values()):
+        found = dict.fromkeys(_called(name) for variants in there.values() for name in variants)
+        raise CheckpointError(
+            f"{root} has no variant {variant!r} of any component; --variant can be one of: {', '.join(found)}"
+        )
+    chosen = {}
+    for folder, variants in there.items():
+        wanted = variant if variant in variants else None
+        if variant is None and len(variants) == 1:
+            [wanted] = variants
+        if wanted not in variants:
+            asked = f"neither the variant {variant!r} nor plain weights" if variant else "no plain weights"
+            others = ", ".join(map(_called, variants))
+            raise CheckpointError(f"{root / folder} has {asked}; --variant can be one of: {others}")
+        chosen[folder] = Weights(root / variants[wanted], wanted)
+    return chosen
+
+
+def _variants(root: Path, folder: str, names: Collection[str]) -> dict[str | None, str]:
+    """Every variant in `folder` with its file, or the index of its shards."""
     stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
     single = re.compile(rf"{folder}/{stem}(?:\.((?!.*-of-)[^.]+))?\.safetensors")
     sharded = re.compile(rf"{folder}/{stem}\.safetensors\.index(?:\.([^.]+))?\.json")
-    variants = {
+    variants: dict[str | None, str] = {
         match[1]: name
         for name in sorted(names)
         if (match := single.fullmatch(name) or sharded.fullmatch(name))
     }
     if not variants:
         raise _no_weights(root, folder, names)
-    wanted = next(iter(variants)) if len(variants) == 1 and variant is None else variant
-    if wanted not in variants:
-        there = ", ".join(name or "the plain one" for name in variants)
-        asked = f"no variant {variant!r}" if variant else "no plain weights"
-        raise CheckpointError(f"{root / folder} has {asked}; --variant can be one of: {there}")
-    path = root / variants[wanted]
-    return _shards(path) if path.suffix == ".json" else (path,)
+    return variants
+
+
+def _called(variant: str | None) -> str:
+    return variant or "the plain one"
 
 
 def refuse_code(names: Collection[str], where: str) -> None:

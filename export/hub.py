@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from rt.errors import CheckpointError
 from rt.export.facts import FOLDERS, components
-from rt.export.folder import TOKENIZERS, Folder, open_folder, refuse_code, weight_files
+from rt.export.folder import TOKENIZERS, Folder, choose_weights, open_folder, refuse_code
 from rt.export.weights import one_line, read_json
 
 _FACTS = (
@@ -43,7 +43,8 @@ def open_hub(repo: str, revision: str | None, variant: str | None, offline: bool
         PickleError: A component has no weights but pickles.
     """
     if offline or constants.HF_HUB_OFFLINE:
-        root = download(repo, _FACTS, revision=revision, offline=True)
+        # Whoever fetched it left out what they did not need, which is no fault: `open_folder` says what rt lacks.
+        root = download(repo, ["model_index.json"], revision=revision, offline=True)
         return replace(open_folder(root, variant), revision=root.name)
 
     with _explained(repo, revision):
@@ -57,7 +58,8 @@ def open_hub(repo: str, revision: str | None, variant: str | None, offline: bool
     root = download(repo, _FACTS, revision=info.sha)
     parts = components({"model_index": read_json(root / "model_index.json")}, repo)
     folders = dict.fromkeys(FOLDERS[part] for part in parts)
-    weights = [path for folder in folders for path in weight_files(root, folder, names, variant)]
+    chosen = choose_weights(root, folders, names, variant)
+    weights = [path for component in chosen.values() for path in component.files()]
     download(repo, [path.relative_to(root).as_posix() for path in weights], revision=info.sha)
     return replace(open_folder(root, variant), revision=info.sha)
 
