@@ -29,25 +29,27 @@ class Folder:
     root: Path
     configs: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, Path]
-    weights: Mapping[Component, tuple[Path, ...]]
+    weights: Mapping[str, tuple[Path, ...]]
     licence: str | None
     revision: str | None = None
 
     def headers(self, component: Component) -> dict[str, Tensor]:
         """Shapes and dtypes of the component's tensors, from the headers of its files."""
-        return read_headers(self.weights[component])
+        return read_headers(self.weights[FOLDERS[component]])
 
     def tensors(self, component: Component) -> dict[str, Tensor]:
         """The component's tensors, memory-mapped."""
-        return read_tensors(self.weights[component])
+        return read_tensors(self.weights[FOLDERS[component]])
 
     def tokenizer(self, component: Component, max_length: int) -> Tokenizer:
         """The tokenizer beside the component."""
         return from_folder(self.root / TOKENIZERS[component], max_length)
 
 
-def open_folder(root: Path, variant: str | None) -> Folder:
+def open_folder(root: Path, variant: str | None, elsewhere: Collection[str] = ()) -> Folder:
     """Read all configs under `root` and find the weights.
+
+    Components whose folders are in `elsewhere` come from elsewhere: here they may be missing.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the folder brings its own code.
@@ -59,24 +61,25 @@ def open_folder(root: Path, variant: str | None) -> Folder:
         raise _no_model(root, names)
     configs = {"model_index": read_json(root / "model_index.json")}
     parts = components(configs, str(root))
-    folders = [FOLDERS[component] for component in parts]
-    configs |= {folder: _text_config(read_json(root / folder / "config.json")) for folder in folders}
+    folders = dict.fromkeys(FOLDERS[component] for component in parts)
+    there = [folder for folder in folders if folder not in elsewhere or f"{folder}/config.json" in names]
+    configs |= {folder: _text_config(read_json(root / folder / "config.json")) for folder in there}
     configs["scheduler"] = read_json(root / "scheduler" / "scheduler_config.json")
     if automatic := [folder for folder, config in configs.items() if "auto_map" in config]:
         raise CheckpointError(
             f"{root / automatic[0]} has an `auto_map`, which runs code of the checkpoint's own: refused"
         )
 
-    chosen = choose_weights(root, folders, names, variant)
-    for folder in dict.fromkeys(folders) if variant else ():
-        if chosen[folder].variant != variant:
+    chosen = choose_weights(root, [folder for folder in folders if folder not in elsewhere], names, variant)
+    for folder, component in chosen.items() if variant else ():
+        if component.variant != variant:
             logger.warning("%s has no variant %r: its plain weights are taken", root / folder, variant)
-    weights = {component: chosen[FOLDERS[component]].files() for component in parts}
+    weights = {folder: component.files() for folder, component in chosen.items()}
     tokenizers = [root / TOKENIZERS[part] for part in parts if part in TOKENIZERS]
     shaping = [
         root / "model_index.json",
         root / "scheduler" / "scheduler_config.json",
-        *(root / folder / "config.json" for folder in folders),
+        *(root / folder / "config.json" for folder in there),
         *(path for paths in weights.values() for path in paths),
         *(path for folder in tokenizers for suffix in ("json", "txt") for path in folder.glob(f"*.{suffix}")),
     ]
@@ -105,25 +108,25 @@ class Weights:
 def choose_weights(
     root: Path, folders: Collection[str], names: Collection[str], variant: str | None
 ) -> dict[str, Weights]:
-    """The weights in each of `folders`: the variant asked for, else the plain, else, if none was asked for, the only one.
+    """The weights in each of `folders`: of the variant asked for, else the plain ones.
 
-    As in diffusers, some component must have the variant.
+    As in diffusers, some component must have the variant. Where none is asked for, the only weights there are will do.
 
     Args:
         root: Where the checkpoint's JSON files are; the weights themselves need not be there yet.
-        folders: Of the components.
+        folders: Of the components; "" for the root.
         names: Of all files of the checkpoint, relative to its root.
         variant: E.g. `fp16` for `diffusion_pytorch_model.fp16.safetensors`.
 
     Raises:
-        CheckpointError: A component has no weights, or several and neither plain nor the variant; or none has the variant.
+        CheckpointError: A component has no such weights, or none has the variant.
         PickleError: A component has no weights but pickles.
     """
     there = {folder: _variants(root, folder, names) for folder in folders}
     if variant is not None and not any(variant in variants for variants in there.values()):
         found = dict.fromkeys(_called(name) for variants in there.values() for name in variants)
         raise CheckpointError(
-            f"{root} has no variant {variant!r} of any component; --variant can be one of: {', '.join(found)}"
+            f"{root} has no variant {variant!r}; --variant can be one of: {', '.join(found)}"
         )
     chosen = {}
     for folder, variants in there.items():
@@ -141,8 +144,9 @@ def choose_weights(
 def _variants(root: Path, folder: str, names: Collection[str]) -> dict[str | None, str]:
     """Every variant in `folder` with its file, or the index of its shards."""
     stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
-    single = re.compile(rf"{folder}/{stem}(?:\.((?!.*-of-)[^.]+))?\.safetensors")
-    sharded = re.compile(rf"{folder}/{stem}\.safetensors\.index(?:\.([^.]+))?\.json")
+    stem = f"{folder}/{stem}" if folder else stem
+    single = re.compile(rf"{stem}(?:\.((?!.*-of-)[^.]+))?\.safetensors")
+    sharded = re.compile(rf"{stem}\.safetensors\.index(?:\.([^.]+))?\.json")
     variants: dict[str | None, str] = {
         match[1]: name
         for name in sorted(names)
@@ -205,7 +209,7 @@ def _no_model(root: Path, names: Collection[str]) -> CheckpointError:
 
 
 def _no_weights(root: Path, folder: str, names: Collection[str]) -> CheckpointError:
-    inside = sorted(name for name in names if name.startswith(f"{folder}/"))
+    inside = sorted(name for name in names if name.rpartition("/")[0] == folder)
     if pickles := [name for name in inside if name.endswith(PICKLE_SUFFIXES)]:
         return pickle_error(root / pickles[0])
     if partial := [*root.rglob("*.incomplete"), *(root / "../../blobs").glob("*.incomplete")]:

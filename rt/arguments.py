@@ -26,6 +26,7 @@ _ALIASES = {
     "steps": "num_inference_steps",
     "cfg_scale": "guidance_scale",
     "sampler": "scheduler",
+    "clip_stop_at_last_layers": "clip_skip",
     "n": "num_images_per_prompt",
     "batch_size": "num_images_per_prompt",
     "prompts": "prompt",
@@ -123,6 +124,18 @@ def check_step_cache(step_cache: object, *, built: bool) -> int:
             f"step_cache is {steps}, but this bundle has no shallow steps; build it again with --step-cache"
         )
     return steps
+
+
+def check_clip_skip(clip_skip: object, rows: int) -> int:
+    """The row to take of the text encoders' states, of which a bundle has `rows`; None is the first."""
+    if clip_skip is None:
+        return 0
+    if isinstance(clip_skip, bool) or not isinstance(clip_skip, Integral) or not 0 <= clip_skip < rows:
+        raise ConfigError(
+            f"clip_skip is {clip_skip!r}; it must be a whole number from 0 to {rows - 1} for this bundle, how many of "
+            "the last layers of its text encoder to leave out, or None"
+        )
+    return int(clip_skip)
 
 
 def check_rng(rng: str) -> Callable[[int], Noise]:
