@@ -398,7 +398,7 @@ def _source(checkpoint: Checkpoint) -> SourceRecord:
         licence=checkpoint.licence,
         files={name: hash_file(path) for name, path in sorted(checkpoint.files.items())},
         loras=tuple(
-            LoraRecord(name=lora.path.name, scale=lora.scale, sha256=hash_file(lora.path))
+            LoraRecord(name=lora.name, scale=lora.scale, sha256=hash_file(lora.path))
             for lora in checkpoint.loras
         ),
     )

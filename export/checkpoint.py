@@ -163,7 +163,10 @@ def open_checkpoint(
         vae=vae,
     )
     opened = tuple(open_lora(path, scale, checkpoint.components) for path, scale in loras)
-    checkpoint = replace(checkpoint, loras=opened)
+    settings = {
+        f"lora-{i}/{lora.config.name}": lora.config for i, lora in enumerate(opened, 1) if lora.config
+    }
+    checkpoint = replace(checkpoint, loras=opened, files={**checkpoint.files, **settings})
     checkpoint.check()
     return checkpoint
 

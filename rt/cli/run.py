@@ -64,7 +64,7 @@ def interval(text: str) -> tuple[float, float]:
     "--clip-skip",
     type=int,
     metavar="N",
-    help="Leave out the last N layers of the text encoders, counted as diffusers does.  [default: as the model was made]",
+    help="Leave out the last N layers of the text encoders, as diffusers counts them.  [default: the model's]",
 )
 @click.option("--seed", type=int, help="Of the first picture; the others count up.  [default: random]")
 @click.option(
