@@ -1,4 +1,4 @@
-"""Text encoders that were saved with more of CLIP than Stable Diffusion uses, or with more layers than their config says."""
+"""Text encoders saved with more of CLIP than Stable Diffusion uses, or with more layers than their config says."""
 
 from __future__ import annotations
 

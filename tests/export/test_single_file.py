@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rt.errors import CheckpointError, ConfigError
@@ -445,6 +445,50 @@ def test_what_no_part_needs_is_left_out(write: Callable[..., Path], tmp_path: Pa
         ours = checkpoint.load(component).state_dict()
         theirs = open_checkpoint(str(tmp_path / family.value)).load(component).state_dict()
         assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# The autoencoder.
+
+
+@pytest.mark.parametrize("family", Family)
+def test_without_a_vae(write: Callable[..., Path], tmp_path: Path, family: Family) -> None:
+    """Another one is named, in any layout; it is scaled as the family's."""
+    taken: State = {}
+
+    def take(state: State) -> None:
+        for name in [name for name in state if name.startswith("first_stage_model.")]:
+            taken[name] = state.pop(name)
+
+    path = write(family, take)
+    root = tmp_path / family.value
+    options = {"tokenizer": str(root / "tokenizer"), "prediction_type": "epsilon"}
+    message = refused(path, **options)
+    assert "has no VAE (first_stage_model.*): name one with --vae, such as " in message
+
+    expected = open_checkpoint(str(root)).load(Component.VAE_DECODER).state_dict()
+    scale = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025}[family]
+    bare = {name.removeprefix("first_stage_model."): tensor for name, tensor in taken.items()}
+    vae = tmp_path / "vae.safetensors"
+    for layout in (taken, {**bare, "loss.logvar": torch.ones(1)}, expected):
+        save_file({name: tensor.contiguous() for name, tensor in layout.items()}, vae)
+        checkpoint = open_checkpoint(str(path), vae=str(vae), **options)
+        assert checkpoint.spec.scaling_factor == scale
+        assert checkpoint.files["vae/vae.safetensors"] == vae
+        got = checkpoint.load(Component.VAE_DECODER).state_dict()
+        assert list(got) == list(expected) and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_the_vae_of_another_single_file(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(Family.SD1)
+    tokenizer = str(tmp_path / "sd1" / "tokenizer")
+    other = tmp_path / "other.safetensors"
+    state = {name: tensor * 2 for name, tensor in load_file(path).items()}
+    save_file(state, other)
+    mixed, own = (
+        open_checkpoint(str(path), tokenizer=tokenizer, vae=vae).load(Component.VAE_DECODER).state_dict()
+        for vae in (str(other), None)
+    )
+    assert all(torch.equal(mixed[name], 2 * own[name]) for name in own)
 
 
 # What is refused.
