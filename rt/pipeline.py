@@ -101,10 +101,13 @@ class Pipeline:
         )
         # Of each text encoder's states, one for each number of layers that can be left out.
         self._text_rows = min(
-            output.shape[0]
-            for engine in bundle.manifest.engines
-            for output in engine.outputs
-            if engine.component in spec.text_encoders and output.name == "states"
+            (
+                output.shape[0]
+                for engine in bundle.manifest.engines
+                for output in engine.outputs
+                if engine.component in spec.text_encoders and output.name == "states"
+            ),
+            default=1,
         )
         self._sessions: dict[ShapeProfile, Loop] = {}
         self._kernels: KernelLibrary | None = None
