@@ -34,7 +34,7 @@ from rt.bundle import (
 from rt.config import BuildConfig, DType, fingerprint
 from rt.errors import BuildError, ConfigError, RtError
 from rt.export.calibrate import Calibration, calibrate
-from rt.export.checkpoint import Checkpoint, Kind
+from rt.export.checkpoint import Checkpoint
 from rt.export.forms import Request, check_options, writer
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
@@ -44,6 +44,7 @@ from rt.export.passes.layout import channels_last
 from rt.export.passes.quantize import FP8, INT8, Bits, quantize
 from rt.export.passes.rescale import rescale
 from rt.export.program import Program
+from rt.export.source import Kind
 from rt.export.staging import staged
 from rt.export.trace import trace
 from rt.export.weights import one_line

@@ -24,7 +24,7 @@ TOKENIZERS = {Component.TEXT_ENCODER: "tokenizer", Component.TEXT_ENCODER_2: "to
 
 @dataclass(frozen=True)
 class Folder:
-    """An opened diffusers folder; see `rt.export.checkpoint.Source`."""
+    """An opened diffusers folder; see `rt.export.source.Source`."""
 
     root: Path
     configs: Mapping[str, Mapping[str, Any]]
@@ -59,7 +59,7 @@ def open_folder(root: Path, variant: str | None, elsewhere: Collection[str] = ()
     refuse_code(names, str(root))
     if "model_index.json" not in names:
         raise _no_model(root, names)
-    configs = {"model_index": read_json(root / "model_index.json")}
+    configs: dict[str, Mapping[str, Any]] = {"model_index": read_json(root / "model_index.json")}
     parts = components(configs, str(root))
     folders = dict.fromkeys(FOLDERS[component] for component in parts)
     there = [folder for folder in folders if folder not in elsewhere or f"{folder}/config.json" in names]

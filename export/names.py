@@ -57,7 +57,8 @@ def is_surplus(module: nn.Module, name: str) -> bool:
     layer = _LAYER.fullmatch(canonical(name))
     if layer is None or not isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
         return False
-    return int(layer[1]) >= module.config.num_hidden_layers
+    layers: int = module.config.num_hidden_layers
+    return int(layer[1]) >= layers
 
 
 def summary(names: list[str]) -> str:

@@ -63,7 +63,7 @@ _USUAL_VAES = {
 
 @dataclass(frozen=True)
 class SingleFile:
-    """An opened file; see `rt.export.checkpoint.Source`."""
+    """An opened file; see `rt.export.source.Source`."""
 
     path: Path
     family: Family

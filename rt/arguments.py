@@ -130,7 +130,7 @@ def check_clip_skip(clip_skip: object, rows: int) -> int:
     """The row to take of the text encoders' states, of which a bundle has `rows`; None is the first."""
     if clip_skip is None:
         return 0
-    if isinstance(clip_skip, bool) or not isinstance(clip_skip, Integral) or not 0 <= clip_skip < rows:
+    if isinstance(clip_skip, bool) or not isinstance(clip_skip, Integral) or not 0 <= int(clip_skip) < rows:
         raise ConfigError(
             f"clip_skip is {clip_skip!r}; it must be a whole number from 0 to {rows - 1} for this bundle, how many of "
             "the last layers of its text encoder to leave out, or None"

@@ -19,8 +19,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from rt.errors import CheckpointError, ConfigError, PickleError
 from rt.export import hub
-from rt.export.checkpoint import Checkpoint, Kind, open_checkpoint
+from rt.export.checkpoint import Checkpoint, open_checkpoint
 from rt.export.facts import read_spec
+from rt.export.source import Kind
 from rt.export.weights import read_header
 from rt.model import Component, Family
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rt.errors import CheckpointError, ConfigError
 from rt.export import single_file
-from rt.export.checkpoint import Checkpoint, Kind, open_checkpoint
+from rt.export.checkpoint import Checkpoint, open_checkpoint
+from rt.export.source import Kind
 from rt.model import Component, Family
 
 State = dict[str, Tensor]
