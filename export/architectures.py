@@ -46,6 +46,9 @@ SCHEDULERS: Mapping[Family, Config] = {
     },
 }
 
+# What brings the latents of a family to unit variance.
+SCALING_FACTORS: Mapping[Family, float] = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025}
+
 MODEL_INDEX: Mapping[Family, Config] = {
     family: {
         "_class_name": pipeline,
@@ -81,11 +84,14 @@ PAD_TOKENS: Mapping[Family, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The family and the configs of the four or five components, by diffusers' folder names."""
+    """The family and the configs of the four or five components, by diffusers' folder names.
+
+    A single file may have no VAE.
+    """
 
     family: Family
     unet: Config
-    vae: Config
+    vae: Config | None
     text_encoders: tuple[Config, ...]
 
     @property
@@ -96,7 +102,7 @@ class Architecture:
             "model_index": MODEL_INDEX[self.family],
             **dict(zip(folders, self.text_encoders, strict=False)),
             "unet": self.unet,
-            "vae": self.vae,
+            **({"vae": self.vae} if self.vae else {}),
             "scheduler": SCHEDULERS[self.family],
         }
 
@@ -132,15 +138,19 @@ def unet(
 
 
 def vae(
-    channels: tuple[int, ...], sample_size: int, scaling_factor: float = 0.18215, layers: int = 2
+    channels: tuple[int, ...],
+    sample_size: int,
+    scaling_factor: float = 0.18215,
+    layers: int = 2,
+    latents: int = 4,
 ) -> Config:
-    """An autoencoder of diffusers with 4 latent channels."""
+    """An autoencoder of diffusers with `latents` channels between its halves."""
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": sample_size,
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": 4,
+        "latent_channels": latents,
         "block_out_channels": list(channels),
         "layers_per_block": layers,
         "down_block_types": ["DownEncoderBlock2D"] * len(channels),

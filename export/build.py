@@ -34,7 +34,7 @@ from rt.bundle import (
 from rt.config import BuildConfig, DType, fingerprint
 from rt.errors import BuildError, ConfigError, RtError
 from rt.export.calibrate import Calibration, calibrate
-from rt.export.checkpoint import Checkpoint, Kind
+from rt.export.checkpoint import Checkpoint
 from rt.export.forms import Request, check_options, writer
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
@@ -44,6 +44,7 @@ from rt.export.passes.layout import channels_last
 from rt.export.passes.quantize import FP8, INT8, Bits, quantize
 from rt.export.passes.rescale import rescale
 from rt.export.program import Program
+from rt.export.source import Kind
 from rt.export.staging import staged
 from rt.export.trace import trace
 from rt.export.weights import one_line
@@ -380,7 +381,7 @@ def _loop_compiler(backend: Backend) -> Callable[[Path], tuple[KernelImage, ...]
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """What the text encoders gave, so that the U-Net is measured on states as large as real ones."""
     given = [np.load(stage / "reference" / f"{encoder.value}.npz") for encoder in spec.text_encoders]
-    text = {"context": np.concatenate([arrays["output.states"] for arrays in given], axis=-1)}
+    text = {"context": np.concatenate([arrays["output.states"][:1] for arrays in given], axis=-1)}
     if spec.pooled_size is not None:
         text["pooled"] = given[-1]["output.pooled"]
     return {name: torch.from_numpy(value) for name, value in text.items()}
@@ -411,7 +412,7 @@ def _source(checkpoint: Checkpoint) -> SourceRecord:
         licence=checkpoint.licence,
         files={name: hash_file(path) for name, path in sorted(checkpoint.files.items())},
         loras=tuple(
-            LoraRecord(name=lora.path.name, scale=lora.scale, sha256=hash_file(lora.path))
+            LoraRecord(name=lora.name, scale=lora.scale, sha256=hash_file(lora.path))
             for lora in checkpoint.loras
         ),
     )

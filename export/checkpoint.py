@@ -5,65 +5,32 @@ folder · hub id · single file · synthetic  →  Checkpoint (facts, configs, f
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from rt.errors import CheckpointError, ConfigError, nearest
+from rt.errors import ConfigError, nearest
 from rt.export.facts import FOLDERS, read_spec
 from rt.export.folder import open_folder
 from rt.export.hub import open_hub
 from rt.export.lora import Lora, open_lora
+from rt.export.names import ignored, is_surplus, summary
 from rt.export.single_file import open_single_file
+from rt.export.source import SYNTHETIC, Kind, Source
 from rt.export.synthetic import open_synthetic
-from rt.export.weights import PICKLE_SUFFIXES, build_empty, check, fill, pickle_error
+from rt.export.vae import FOLDER as VAE
+from rt.export.vae import open_vae, replace_vae
+from rt.export.weights import build_empty, check, fill
 from rt.model import Component, ModelSpec
 from rt.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
-class Kind(str, Enum):
-    """Where a checkpoint comes from."""
-
-    FOLDER = "folder"
-    HUB = "hub"
-    SINGLE_FILE = "single_file"
-    SYNTHETIC = "synthetic"
-
-
-class Source(Protocol):
-    """What each kind of checkpoint provides; configs are keyed by diffusers' folder names."""
-
-    @property
-    def configs(self) -> Mapping[str, Mapping[str, Any]]:
-        """Of each component, `model_index` and `scheduler`."""
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """Every file that shapes the result."""
-
-    @property
-    def revision(self) -> str | None:
-        """The commit hash on the hub."""
-
-    @property
-    def licence(self) -> str | None:
-        """Of the weights."""
-
-    def headers(self, component: Component) -> Mapping[str, Tensor]:
-        """What `tensors` would give, on the meta device: names and shapes, no memory."""
-
-    def tensors(self, component: Component) -> Mapping[str, Tensor]:
-        """The component's weights under diffusers' or transformers' names, in the stored dtype."""
-
-    def tokenizer(self, component: Component, max_length: int) -> Tokenizer:
-        """Of a text encoder that reads `max_length` tokens."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +45,7 @@ class Checkpoint:
         spec: The facts that running the model needs.
         configs: Of each component by its folder's name in diffusers, `model_index` and `scheduler`.
         licence: Of the weights: `license:` of the README's front matter, or a licence file's name.
+        vae: The name of the VAE that takes the place of its own, or None.
         loras: Merged into the weights as they are loaded, in this order.
     """
 
@@ -89,6 +57,7 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]] = field(repr=False)
     licence: str | None
     source: Source = field(repr=False)
+    vae: str | None = None
     loras: tuple[Lora, ...] = ()
 
     @property
@@ -100,9 +69,10 @@ class Checkpoint:
     def check(self) -> None:
         """Raise `CheckpointError` unless the weights' headers fit the configs and each tokenizer opens."""
         for component in self.components:
-            headers = self.source.headers(component)
+            headers, where = self.source.headers(component), self._where(component)
             module = build_empty(component, self._config(component), headers)
-            check(module, headers, self._where(component))
+            check(module, headers, where)
+            _say_ignored(module, headers, where)
             for lora in self.loras:
                 lora.check(component, module)
         for encoder in self.spec.text_encoders:
@@ -124,7 +94,8 @@ class Checkpoint:
         return self.configs[FOLDERS[component]]
 
     def _where(self, component: Component) -> str:
-        return f"{self.name}, {FOLDERS[component]}"
+        folder = FOLDERS[component]
+        return f"{self.vae if self.vae and folder == VAE else self.name}, {folder}"
 
 
 def open_checkpoint(
@@ -135,6 +106,7 @@ def open_checkpoint(
     offline: bool = False,
     tokenizer: str | None = None,
     prediction_type: str | None = None,
+    vae: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
 ) -> Checkpoint:
     """Read all facts of a checkpoint and check the headers of its weights; the weights stay on disk.
@@ -147,6 +119,7 @@ def open_checkpoint(
         offline: Use the hub's cache only.
         tokenizer: Folder or hub id with the CLIP vocabulary of a single file, which holds none.
         prediction_type: What the U-Net predicts, where the checkpoint does not say so or says it wrongly.
+        vae: A folder, hub id or `.safetensors` file of an autoencoder to take instead of the checkpoint's own.
         loras: Files of low-rank additions to the weights, and how much of each.
 
     Raises:
@@ -154,22 +127,26 @@ def open_checkpoint(
         PickleError: The weights are in a format that can run code.
         CheckpointError: The checkpoint cannot be read, is damaged, or is of a family that rt does not run.
     """
-    kind = _kind(model)
+    kind = Kind.of(model)
     _refuse_unused(kind, revision=revision, variant=variant, tokenizer=tokenizer)
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise ConfigError(
             f"there is no prediction type {prediction_type!r}{nearest(prediction_type, PREDICTION_TYPES)}; "
             f"there are: {', '.join(PREDICTION_TYPES)}"
         )
+    replacement = None if vae is None else open_vae(vae, offline)
+    elsewhere = () if replacement is None else (VAE,)
     source: Source
     if kind is Kind.FOLDER:
-        source = open_folder(Path(model), variant)
+        source = open_folder(Path(model), variant, elsewhere)
     elif kind is Kind.HUB:
-        source = open_hub(model, revision, variant, offline)
+        source = open_hub(model, revision, variant, offline, elsewhere)
     elif kind is Kind.SINGLE_FILE:
-        source = open_single_file(Path(model), tokenizer, prediction_type, offline)
+        source = open_single_file(Path(model), tokenizer, prediction_type, offline, elsewhere)
     else:
-        source = open_synthetic(model.removeprefix(_SYNTHETIC))
+        source = open_synthetic(model.removeprefix(SYNTHETIC))
+    if replacement is not None:
+        source = replace_vae(source, replacement)
 
     spec = read_spec(source.configs, model)
     if prediction_type is not None:
@@ -183,14 +160,24 @@ def open_checkpoint(
         configs={**source.configs, "scheduler": spec.scheduler},
         licence=source.licence,
         source=source,
+        vae=vae,
     )
     opened = tuple(open_lora(path, scale, checkpoint.components) for path, scale in loras)
-    checkpoint = replace(checkpoint, loras=opened)
+    settings = {
+        f"lora-{i}/{lora.config.name}": lora.config for i, lora in enumerate(opened, 1) if lora.config
+    }
+    checkpoint = replace(checkpoint, loras=opened, files={**checkpoint.files, **settings})
     checkpoint.check()
     return checkpoint
 
 
-_SYNTHETIC = "synthetic:"
+def _say_ignored(module: nn.Module, names: Iterable[str], where: str) -> None:
+    more = ignored(module, names)
+    if surplus := [name for name in more if is_surplus(module, name)]:
+        logger.warning("%s: left out, since the config says fewer layers: %s", where, summary(surplus))
+    if rest := [name for name in more if not is_surplus(module, name)]:
+        logger.info("%s: left out, since no %s has it: %s", where, type(module).__name__, summary(rest))
+
 
 # The options that only some kinds of checkpoint can obey.
 _OPTIONS = {
@@ -198,26 +185,6 @@ _OPTIONS = {
     "variant": {Kind.FOLDER, Kind.HUB},
     "tokenizer": {Kind.SINGLE_FILE},
 }
-
-
-def _kind(model: str) -> Kind:
-    path = Path(model)
-    if model.startswith(_SYNTHETIC):
-        return Kind.SYNTHETIC
-    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
-        raise pickle_error(model)
-    if path.is_dir():
-        return Kind.FOLDER
-    if path.suffix == ".safetensors" and path.is_file():
-        return Kind.SINGLE_FILE
-    if path.is_file():
-        raise CheckpointError(f"{model} is not a model: expected a diffusers folder or a .safetensors file")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and path.suffix != ".safetensors":
-        return Kind.HUB
-    raise CheckpointError(
-        f"{model} does not exist: expected a diffusers folder, a .safetensors file, a hub id like org/name "
-        f"or {_SYNTHETIC}NAME"
-    )
 
 
 def _refuse_unused(kind: Kind, **options: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from rt.export.weights import PICKLE_SUFFIXES, pickle_error, read_headers, read_
 from rt.model import Component
 from rt.tokenizer import Tokenizer, from_folder
 
+logger = logging.getLogger(__name__)
+
 TOKENIZERS = {Component.TEXT_ENCODER: "tokenizer", Component.TEXT_ENCODER_2: "tokenizer_2"}
 _TEXTS = (".json", ".txt")
 _FRONT_MATTER = 1 << 16
@@ -24,30 +27,32 @@ _FRONT_MATTER = 1 << 16
 
 @dataclass(frozen=True)
 class Folder:
-    """An opened diffusers folder; see `rt.export.checkpoint.Source`."""
+    """An opened diffusers folder; see `rt.export.source.Source`."""
 
     root: Path
     configs: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, Path]
-    weights: Mapping[Component, tuple[Path, ...]]
+    weights: Mapping[str, tuple[Path, ...]]
     licence: str | None
     revision: str | None = None
 
     def headers(self, component: Component) -> dict[str, Tensor]:
         """Shapes and dtypes of the component's tensors, from the headers of its files."""
-        return read_headers(self.weights[component])
+        return read_headers(self.weights[FOLDERS[component]])
 
     def tensors(self, component: Component) -> dict[str, Tensor]:
         """The component's tensors, memory-mapped."""
-        return read_tensors(self.weights[component])
+        return read_tensors(self.weights[FOLDERS[component]])
 
     def tokenizer(self, component: Component, max_length: int) -> Tokenizer:
         """The tokenizer beside the component."""
         return from_folder(self.root / TOKENIZERS[component], max_length)
 
 
-def open_folder(root: Path, variant: str | None) -> Folder:
+def open_folder(root: Path, variant: str | None, elsewhere: Collection[str] = ()) -> Folder:
     """Read all configs under `root` and find the weights.
+
+    Components whose folders are in `elsewhere` come from elsewhere: here they may be missing.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the folder brings its own code.
@@ -57,22 +62,27 @@ def open_folder(root: Path, variant: str | None) -> Folder:
     refuse_code(names, str(root))
     if "model_index.json" not in names:
         raise _no_model(root, names)
-    configs = {"model_index": read_json(root / "model_index.json")}
+    configs: dict[str, Mapping[str, Any]] = {"model_index": read_json(root / "model_index.json")}
     parts = components(configs, str(root))
-    folders = [FOLDERS[component] for component in parts]
-    configs |= {folder: read_json(root / folder / "config.json") for folder in folders}
+    folders = dict.fromkeys(FOLDERS[component] for component in parts)
+    there = [folder for folder in folders if folder not in elsewhere or f"{folder}/config.json" in names]
+    configs |= {folder: _text_config(read_json(root / folder / "config.json")) for folder in there}
     configs["scheduler"] = read_json(root / "scheduler" / "scheduler_config.json")
     if automatic := [folder for folder, config in configs.items() if "auto_map" in config]:
         raise CheckpointError(
             f"{root / automatic[0]} has an `auto_map`, which runs code of the checkpoint's own: refused"
         )
 
-    weights = {component: weight_files(root, FOLDERS[component], names, variant) for component in parts}
+    chosen = choose_weights(root, [folder for folder in folders if folder not in elsewhere], names, variant)
+    for folder, component in chosen.items() if variant else ():
+        if component.variant != variant:
+            logger.warning("%s has no variant %r: its plain weights are taken", root / folder, variant)
+    weights = {folder: component.files() for folder, component in chosen.items()}
     tokenizers = [root / TOKENIZERS[part] for part in parts if part in TOKENIZERS]
     shaping = [
         root / "model_index.json",
         root / "scheduler" / "scheduler_config.json",
-        *(root / folder / "config.json" for folder in folders),
+        *(root / folder / "config.json" for folder in there),
         *(path for paths in weights.values() for path in paths),
         *(
             path
@@ -85,32 +95,78 @@ def open_folder(root: Path, variant: str | None) -> Folder:
     return Folder(root, configs, files, weights, read_licence(root))
 
 
-def weight_files(root: Path, folder: str, names: Collection[str], variant: str | None) -> tuple[Path, ...]:
-    """The weights in `folder`, one file or shards: the variant asked for, else the plain, else the only one.
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a component; of a text encoder that was saved with all of CLIP, what transformers takes of that."""
+    text = config.get("text_config")
+    return text if config.get("model_type") == "clip" and isinstance(text, dict) else config
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of one component: a file, or the index of shards, and whose variant it is; None for the plain one."""
+
+    path: Path
+    variant: str | None
+
+    def files(self) -> tuple[Path, ...]:
+        """All that have tensors; the index must be there by then."""
+        return _shards(self.path) if self.path.suffix == ".json" else (self.path,)
+
+
+def choose_weights(
+    root: Path, folders: Collection[str], names: Collection[str], variant: str | None
+) -> dict[str, Weights]:
+    """The weights in each of `folders`: of the variant asked for, else the plain ones.
+
+    As in diffusers, some component must have the variant. Where none is asked for, the only weights there are will do.
 
     Args:
         root: Where the checkpoint's JSON files are; the weights themselves need not be there yet.
-        folder: Of the component.
+        folders: Of the components; "" for the root.
         names: Of all files of the checkpoint, relative to its root.
         variant: E.g. `fp16` for `diffusion_pytorch_model.fp16.safetensors`.
+
+    Raises:
+        CheckpointError: A component has no such weights, or none has the variant.
+        PickleError: A component has no weights but pickles.
     """
+    there = {folder: _variants(root, folder, names) for folder in folders}
+    if variant is not None and not any(variant in variants for variants in there.values()):
+        found = dict.fromkeys(_called(name) for variants in there.values() for name in variants)
+        raise CheckpointError(
+            f"{root} has no variant {variant!r}; --variant can be one of: {', '.join(found)}"
+        )
+    chosen = {}
+    for folder, variants in there.items():
+        wanted = variant if variant in variants else None
+        if variant is None and len(variants) == 1:
+            [wanted] = variants
+        if wanted not in variants:
+            asked = f"neither the variant {variant!r} nor plain weights" if variant else "no plain weights"
+            others = ", ".join(map(_called, variants))
+            raise CheckpointError(f"{root / folder} has {asked}; --variant can be one of: {others}")
+        chosen[folder] = Weights(root / variants[wanted], wanted)
+    return chosen
+
+
+def _variants(root: Path, folder: str, names: Collection[str]) -> dict[str | None, str]:
+    """Every variant in `folder` with its file, or the index of its shards."""
     stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
-    single = re.compile(rf"{folder}/{stem}(?:\.((?!.*-of-)[^.]+))?\.safetensors")
-    sharded = re.compile(rf"{folder}/{stem}\.safetensors\.index(?:\.([^.]+))?\.json")
-    variants = {
+    stem = f"{folder}/{stem}" if folder else stem
+    single = re.compile(rf"{stem}(?:\.((?!.*-of-)[^.]+))?\.safetensors")
+    sharded = re.compile(rf"{stem}\.safetensors\.index(?:\.([^.]+))?\.json")
+    variants: dict[str | None, str] = {
         match[1]: name
         for name in sorted(names)
         if (match := single.fullmatch(name) or sharded.fullmatch(name))
     }
     if not variants:
         raise _no_weights(root, folder, names)
-    wanted = next(iter(variants)) if len(variants) == 1 and variant is None else variant
-    if wanted not in variants:
-        there = ", ".join(name or "the plain one" for name in variants)
-        asked = f"no variant {variant!r}" if variant else "no plain weights"
-        raise CheckpointError(f"{root / folder} has {asked}; --variant can be one of: {there}")
-    path = root / variants[wanted]
-    return _shards(path) if path.suffix == ".json" else (path,)
+    return variants
+
+
+def _called(variant: str | None) -> str:
+    return variant or "the plain one"
 
 
 def refuse_code(names: Collection[str], where: str) -> None:
@@ -162,7 +218,7 @@ def _no_model(root: Path, names: Collection[str]) -> CheckpointError:
 
 
 def _no_weights(root: Path, folder: str, names: Collection[str]) -> CheckpointError:
-    inside = sorted(name for name in names if name.startswith(f"{folder}/"))
+    inside = sorted(name for name in names if name.rpartition("/")[0] == folder)
     if pickles := [name for name in inside if name.endswith(PICKLE_SUFFIXES)]:
         return pickle_error(root / pickles[0])
     if partial := [*root.rglob("*.incomplete"), *(root / "../../blobs").glob("*.incomplete")]:

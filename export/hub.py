@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from rt.errors import CheckpointError
 from rt.export.facts import FOLDERS, components
-from rt.export.folder import TOKENIZERS, Folder, open_folder, refuse_code, weight_files
+from rt.export.folder import TOKENIZERS, Folder, choose_weights, open_folder, refuse_code
 from rt.export.weights import one_line, read_json
 
 _FACTS = (
@@ -35,31 +35,49 @@ _FACTS = (
 )
 
 
-def open_hub(repo: str, revision: str | None, variant: str | None, offline: bool) -> Folder:
-    """Download what rt reads of a repository, unless the cache has it, and open it as a folder.
+def open_hub(
+    repo: str, revision: str | None, variant: str | None, offline: bool, elsewhere: Collection[str] = ()
+) -> Folder:
+    """Download what rt reads of a repository, unless the cache has it, and open it as a folder; see `open_folder`.
 
     Raises:
         CheckpointError: The hub or the repository cannot be reached, or `open_folder` refuses it.
         PickleError: A component has no weights but pickles.
     """
-    if offline or constants.HF_HUB_OFFLINE:
-        root = download(repo, _FACTS, revision=revision, offline=True)
-        return replace(open_folder(root, variant), revision=root.name)
+    if is_offline(offline):
+        # Whoever fetched it left out what they did not need, which is no fault: `open_folder` says what rt lacks.
+        root = download(repo, ["model_index.json"], revision=revision, offline=True)
+        return replace(open_folder(root, variant, elsewhere), revision=root.name)
 
-    with _explained(repo, revision):
-        info = HfApi().model_info(repo, revision=revision)
-    names = [file.rfilename for file in info.siblings or ()]
+    commit, names = look_up(repo, revision)
     refuse_code(names, repo)
     if "model_index.json" not in names:
         raise CheckpointError(
             f"{repo} has no model_index.json: expected a text-to-image model in diffusers' layout"
         )
-    root = download(repo, _FACTS, revision=info.sha)
+    root = download(repo, _FACTS, revision=commit)
     parts = components({"model_index": read_json(root / "model_index.json")}, repo)
-    folders = dict.fromkeys(FOLDERS[part] for part in parts)
-    weights = [path for folder in folders for path in weight_files(root, folder, names, variant)]
-    download(repo, [path.relative_to(root).as_posix() for path in weights], revision=info.sha)
-    return replace(open_folder(root, variant), revision=info.sha)
+    folders = [folder for folder in dict.fromkeys(FOLDERS[part] for part in parts) if folder not in elsewhere]
+    chosen = choose_weights(root, folders, names, variant)
+    weights = [path for component in chosen.values() for path in component.files()]
+    download(repo, [path.relative_to(root).as_posix() for path in weights], revision=commit)
+    return replace(open_folder(root, variant, elsewhere), revision=commit)
+
+
+def is_offline(asked: bool) -> bool:
+    """Whether only the cache may be used: it was asked for, or the environment says so."""
+    return asked or bool(constants.HF_HUB_OFFLINE)
+
+
+def look_up(repo: str, revision: str | None) -> tuple[str, list[str]]:
+    """The commit that `revision` means on the hub, and the names of its files.
+
+    Raises:
+        CheckpointError: The hub or the repository cannot be reached.
+    """
+    with _explained(repo, revision):
+        info = HfApi().model_info(repo, revision=revision)
+    return str(info.sha), [file.rfilename for file in info.siblings or ()]
 
 
 def download(

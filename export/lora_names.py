@@ -4,6 +4,8 @@
     unet.mid_block.….to_q.lora.down.weight               A, lora.up: diffusers before PEFT
     unet.mid_block.….processor.to_q_lora.down.weight     A, up: diffusers before that; text encoders: lora_linear_layer
     lora_unet_mid_block_…_to_q.lora_down.weight          A, lora_up, and α in ….alpha: kohya-ss
+    base_model.model.mid_block.….to_q.lora_A.weight      A, lora_B: PEFT, of one network; also after or before `unet.`
+    ….lora_A.default.weight                              PEFT with the name of the adapter
 
 The prefix `unet.` may be missing. For XL, kohya-ss names the U-Net's blocks as Stability-AI's code does:
 input_blocks_4_1_… is down_blocks_1_attentions_0_…. But for that, the ways differ in punctuation only, so a module's
@@ -27,13 +29,16 @@ _PREFIXES = {
     "unet.": Component.UNET,
     "lora_unet_": Component.UNET,
 }
+_PEFT = "base_model.model."
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 """How names of the U-Net's modules begin where a file has no prefix."""
+_TEXT = ("text_model.", "encoder.layers.", "text_projection")
+"""How those of a text encoder begin in a file of PEFT's, which is for one network."""
 
 _NAME = re.compile(
     r"(?P<module>.+?)\.(?:"
     r"(?P<down>lora_A|lora\.down|lora_down|lora_linear_layer\.down)|"
-    r"(?P<up>lora_B|lora\.up|lora_up|lora_linear_layer\.up))\.weight"
+    r"(?P<up>lora_B|lora\.up|lora_up|lora_linear_layer\.up))(?:\.(?P<adapter>[^.]+))?\.weight"
     r"|(?P<scaled>.+)\.alpha"
 )
 _PROCESSOR = re.compile(r"\.processor\.(to_\w+)_lora\.")
@@ -59,25 +64,48 @@ _ORIGINAL = {
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor's part in a LoRA: A is down, B is up; `module` is a name without punctuation, see `bare`."""
+    """One tensor's part in a LoRA: A is down, B is up.
+
+    Attributes:
+        component: Whose weights it changes.
+        module: Name of the module without punctuation, see `bare`.
+        path: The same as the file has it.
+        role: Of the tensor.
+    """
 
     component: Component
     module: str
+    path: str
     role: Literal["down", "up", "alpha"]
 
 
-def parse_name(name: str) -> Part | None:
-    """What the tensor `name` is for, or None where it is no part of a plain LoRA of this family."""
+def is_pefts(name: str) -> bool:
+    """Whether PEFT gave the tensor its name, which leaves α in a file of its own."""
+    return _PEFT in name
+
+
+def parse_name(name: str, text: Component) -> Part | None:
+    """What the tensor `name` is for, or None where it is no part of a plain LoRA of this family.
+
+    Args:
+        name: In one of the layouts of this module.
+        text: Which text encoder a file is for that PEFT made of one.
+    """
     match = _NAME.fullmatch(_PROCESSOR.sub(r".\1.lora.", name).replace(".to_out.lora.", ".to_out.0.lora."))
     if match is None:
         return None
     role: Literal["down", "up", "alpha"] = "down" if match["down"] else "up" if match["up"] else "alpha"
     path: str = match["module"] or match["scaled"]
+    one_network = path.startswith(_PEFT)
+    path = path.removeprefix(_PEFT)
     for prefix, component in _PREFIXES.items():
         if path.startswith(prefix):
-            module = bare(path.removeprefix(prefix))
-            return Part(component, _current(module) if component is Component.UNET else module, role)
-    return Part(Component.UNET, bare(path), role) if path.startswith(_BLOCKS) else None
+            path = path.removeprefix(prefix).removeprefix(_PEFT)
+            module = bare(path)
+            return Part(component, _current(module) if component is Component.UNET else module, path, role)
+    if one_network and path.startswith(_TEXT):
+        return Part(text, bare(path), path, role)
+    return Part(Component.UNET, bare(path), path, role) if one_network or path.startswith(_BLOCKS) else None
 
 
 def bare(name: str) -> str:

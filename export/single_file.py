@@ -7,8 +7,7 @@ vocabulary comes from elsewhere, and what the U-Net predicts must be said or fou
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,15 +16,16 @@ from typing import Any
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
 from torch import Tensor
 
 from rt.errors import CheckpointError
-from rt.export.architectures import PAD_TOKENS, SCHEDULERS, Architecture, clip, unet, vae
+from rt.export import vae
+from rt.export.architectures import PAD_TOKENS, SCALING_FACTORS, Architecture, clip, unet
 from rt.export.facts import FOLDERS
 from rt.export.hub import download
+from rt.export.prediction import read_scheduler, sidecars
 from rt.export.weights import read_bytes, read_header, read_headers, read_json, read_tensors
 from rt.model import Component, Family
 from rt.tokenizer import Tokenizer
@@ -33,7 +33,6 @@ from rt.tokenizer import Tokenizer
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
 
 _UNET = "model.diffusion_model."
-_VAE = "first_stage_model."
 _CLIP = {Family.SD1: "cond_stage_model.transformer.", Family.SDXL: "conditioner.embedders.0.transformer."}
 _OPEN_CLIP = {Family.SD2: "cond_stage_model.model.", Family.SDXL: "conditioner.embedders.1.model."}
 
@@ -45,6 +44,7 @@ _OTHERS = {
     "control_model.": "a ControlNet",
     "conditioner.embedders.0.model.": "an SDXL refiner",
     "edm_mean": "an EDM model such as Playground 2.5",
+    "edm_vpred": "an EDM model such as CosXL",
     "down_blocks.": "one network in diffusers' layout",
 }
 _READS = (
@@ -54,13 +54,16 @@ _READS = (
 # Side of the latents in training. SD 2 has a 512- and a 768-pixel model, told apart by the prediction type.
 _SAMPLE_SIZES = {Family.SD1: 64, Family.SD2: 64, Family.SDXL: 128}
 _SAMPLE_SIZE_SD2_V = 96
-_SAYS_V = re.compile(r"""^\s*parameterization:\s*["']?v["']?\s*$""", re.MULTILINE)
-_SCALING_FACTORS = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025}
+_USUAL_VAES = {
+    Family.SD1: "stabilityai/sd-vae-ft-mse",
+    Family.SD2: "stabilityai/sd-vae-ft-mse",
+    Family.SDXL: "madebyollin/sdxl-vae-fp16-fix",
+}
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """An opened file; see `rt.export.checkpoint.Source`."""
+    """An opened file; see `rt.export.source.Source`."""
 
     path: Path
     family: Family
@@ -102,8 +105,7 @@ class SingleFile:
             if component is Component.UNET:
                 converted = _convert_unet(_part(tensors, _UNET), config)
             elif component in (Component.VAE_ENCODER, Component.VAE_DECODER):
-                part = _part(tensors, _VAE)
-                converted = convert_ldm_vae_checkpoint(part, config)
+                converted = vae.convert(tensors, config)
             elif component is Component.TEXT_ENCODER and self.family in _CLIP:
                 part = _part(tensors, _CLIP[self.family])
                 converted = convert_ldm_clip_checkpoint(part)
@@ -116,31 +118,35 @@ class SingleFile:
 
 
 def open_single_file(
-    path: Path, tokenizer: str | None, prediction_type: str | None, offline: bool
+    path: Path,
+    tokenizer: str | None,
+    prediction_type: str | None,
+    offline: bool,
+    elsewhere: Collection[str] = (),
 ) -> SingleFile:
     """Find the architecture of the model in `path`, what it predicts, and a vocabulary for it.
 
+    A VAE that comes from `elsewhere` may be missing, and so may its config be in the result.
+
     Raises:
-        CheckpointError: The file is damaged, is something else, or does not say what its U-Net predicts.
+        CheckpointError: The file is damaged, is something else, has no VAE, or does not say what its U-Net predicts.
     """
     tensors, metadata = read_header(path)
     family = _family(path, tensors)
-    sidecar = path.with_suffix(".yaml")
-    prediction_type = prediction_type or _prediction_type(path, family, tensors, metadata)
+    scheduler = read_scheduler(path, family, tensors, metadata, prediction_type)
     try:
-        architecture = _architecture(tensors, family, prediction_type)
+        architecture = _architecture(path, tensors, family, scheduler, elsewhere)
     except (KeyError, IndexError) as error:
         raise _incomplete(path, error) from None
-    scheduler = {**SCHEDULERS[family], "prediction_type": prediction_type}
-    if "ztsnr" in tensors:
-        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     vocabulary = _vocabulary(tokenizer or CLIP_VOCABULARY, offline)
     files = {
         path.name: path,
-        **({sidecar.name: sidecar} if sidecar.is_file() else {}),
+        **{sidecar.name: sidecar for sidecar in sidecars(path)},
         **{f"tokenizer/{name}": vocabulary / name for name in ("vocab.json", "merges.txt")},
     }
-    configs = {**architecture.configs, "scheduler": scheduler}
+    configs = architecture.configs
+    index = {**configs["model_index"], "scheduler": ["diffusers", scheduler["_class_name"]]}
+    configs |= {"model_index": index, "scheduler": scheduler}
     return SingleFile(path, family, configs, files, vocabulary, metadata.get("modelspec.license"))
 
 
@@ -161,25 +167,6 @@ def _family(path: Path, tensors: Mapping[str, Tensor]) -> Family:
     raise CheckpointError(
         f"{path} has a U-Net and no text encoder ({', '.join(encoders.values())}); {_READS}"
     )
-
-
-def _prediction_type(
-    path: Path, family: Family, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> str:
-    sidecar = path.with_suffix(".yaml")
-    if sidecar.is_file():
-        text = sidecar.read_text(encoding="utf-8", errors="replace")
-        return "v_prediction" if _SAYS_V.search(text) else "epsilon"
-    if said := metadata.get("modelspec.prediction_type"):
-        return "v_prediction" if said.startswith("v") else "epsilon"
-    if "v_pred" in tensors:
-        return "v_prediction"
-    if family is Family.SD2:
-        raise CheckpointError(
-            f"{path} is a Stable Diffusion 2 and does not say what it predicts: pass --prediction-type "
-            "v_prediction (768-pixel models) or epsilon (512-pixel base models)"
-        )
-    return "epsilon"
 
 
 def _vocabulary(tokenizer: str, offline: bool) -> Path:
@@ -227,10 +214,21 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 # The architecture, from names and shapes.
 
 
-def _architecture(tensors: Mapping[str, Tensor], family: Family, prediction_type: str) -> Architecture:
-    v_sd2 = family is Family.SD2 and prediction_type == "v_prediction"
+def _architecture(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    family: Family,
+    scheduler: Mapping[str, Any],
+    elsewhere: Collection[str],
+) -> Architecture:
+    v_sd2 = family is Family.SD2 and scheduler["prediction_type"] == "v_prediction"
     size = _SAMPLE_SIZE_SD2_V if v_sd2 else _SAMPLE_SIZES[family]
-    autoencoder = _vae_config(tensors, size, _SCALING_FACTORS[family])
+    has_vae = any(name.startswith(vae.PREFIX) for name in tensors)
+    if not has_vae and vae.FOLDER not in elsewhere:
+        raise CheckpointError(
+            f"{path} has no VAE ({vae.PREFIX}*): name one with --vae, such as {_USUAL_VAES[family]}"
+        )
+    autoencoder = _vae_config(tensors, family, size) if has_vae else None
     encoders = []
     if family in _CLIP:
         encoders.append(_clip_config(tensors, _CLIP[family]))
@@ -249,7 +247,7 @@ def _unet_config(tensors: Mapping[str, Tensor], sample_size: int) -> Mapping[str
             depths.append([])
         elif f"{block}0.out_layers.3.weight" in tensors:
             channels[-1].append(tensors[f"{block}0.out_layers.3.weight"].shape[0])
-            depths[-1].append(_count(tensors, f"{block}1.transformer_blocks."))
+            depths[-1].append(vae.count(tensors, f"{block}1.transformer_blocks."))
         else:
             break
     widths = tuple(level[-1] for level in channels)
@@ -276,11 +274,10 @@ def _unet_config(tensors: Mapping[str, Tensor], sample_size: int) -> Mapping[str
     )
 
 
-def _vae_config(tensors: Mapping[str, Tensor], sample_size: int, scaling_factor: float) -> Mapping[str, Any]:
-    levels = range(_count(tensors, f"{_VAE}encoder.down."))
-    channels = tuple(tensors[f"{_VAE}encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels)
-    layers = _count(tensors, f"{_VAE}encoder.down.0.block.")
-    return vae(channels, sample_size * 2 ** (len(channels) - 1), scaling_factor, layers)
+def _vae_config(tensors: Mapping[str, Tensor], family: Family, size: int) -> Mapping[str, Any]:
+    config = vae.original_config(tensors)
+    side = size * 2 ** (len(config["block_out_channels"]) - 1)
+    return {**config, "sample_size": side, "scaling_factor": SCALING_FACTORS[family]}
 
 
 def _clip_config(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Any]:
@@ -288,24 +285,20 @@ def _clip_config(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Any
         prefix += "text_model."
     vocab, width = tensors[f"{prefix}embeddings.token_embedding.weight"].shape
     tokens = tensors[f"{prefix}embeddings.position_embedding.weight"].shape[0]
-    layers = _count(tensors, f"{prefix}encoder.layers.")
+    layers = vae.count(tensors, f"{prefix}encoder.layers.")
     return clip(width, layers, width // 64, act="quick_gelu", vocab=vocab, tokens=tokens)
 
 
 def _open_clip_config(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Any]:
     vocab, width = tensors[f"{prefix}token_embedding.weight"].shape
     tokens = tensors[f"{prefix}positional_embedding"].shape[0]
-    layers = _count(tensors, f"{prefix}transformer.resblocks.")
+    layers = vae.count(tensors, f"{prefix}transformer.resblocks.")
     projection = tensors.get(f"{prefix}text_projection")
     if projection is not None and prefix == _OPEN_CLIP[Family.SD2]:
         # SD 2 was trained on the last but one layer; a file made from diffusers' weights has lost both.
         layers -= 1
     size = width if projection is None else projection.shape[1]
     return clip(width, layers, width // 64, act="gelu", vocab=vocab, tokens=tokens, projection=size)
-
-
-def _count(names: Iterable[str], prefix: str) -> int:
-    return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
 
 
 def _incomplete(path: Path, missing: KeyError | IndexError) -> CheckpointError:

@@ -26,7 +26,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A random model; see `rt.export.checkpoint.Source`."""
+    """A random model; see `rt.export.source.Source`."""
 
     architecture: Architecture
     configs: Mapping[str, Mapping[str, Any]]

@@ -16,21 +16,30 @@ from rt.shapes import ShapeProfile
 
 
 class TextEncoder(nn.Module):
-    """Tokens (1, T) int64 → states (1, T, C), and pooled (1, P) where the model has a projection.
+    """Tokens (1, T) int64 → states (K, T, C), and pooled (1, P) where the model has a projection.
 
-    SD 1.x and 2.x read the last layer after its norm, SDXL the one before it without
-    (https://huggingface.co/docs/diffusers/api/pipelines/stable_diffusion/stable_diffusion_xl).
+    Row k leaves out the last k layers, diffusers' `clip_skip`; row 0 is what a model was made for: of SD 1.x and 2.x
+    the last layer, of SDXL the last but one. Its norm, which follows the last layer, is applied to every row of SD 1.x
+    and 2.x and to none of SDXL
+    (https://huggingface.co/docs/diffusers/api/pipelines/stable_diffusion/text2img and …/stable_diffusion_xl).
+    The last row is the embeddings of the tokens.
     """
 
     def __init__(self, encoder: nn.Module, *, penultimate: bool) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.penultimate = penultimate
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
-        output = self.encoder(tokens, output_hidden_states=self.penultimate)
-        states = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        output = self.encoder(tokens, output_hidden_states=True)
+        *earlier, last = output.hidden_states
+        if self.penultimate:
+            rows = earlier[::-1]
+        else:  # each by itself, so that the first is computed as if it were alone
+            norm = self.encoder.final_layer_norm
+            rows = [norm(last), *(norm(states) for states in earlier[::-1])]
+        states = torch.cat(rows)
         return (states, output.text_embeds) if "text_embeds" in output else (states,)
 
 

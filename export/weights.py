@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rt.errors import CheckpointError, PickleError, shown
+from rt.export.names import canonical, ignored, summary
 from rt.json_file import parse_json, read_bounded
 from rt.model import Component
 
@@ -71,17 +72,6 @@ _CLIP = (
     "eos_token_id",
     "pad_token_id",
 )
-
-# Names that older libraries gave the same tensors, as (old, new) pieces. transformers dropped the prefix of
-# CLIPTextModel in 5.6; diffusers renamed the attention of the autoencoder in 0.17.
-_RENAMED = (
-    ("text_model.", ""),
-    (".query.", ".to_q."),
-    (".key.", ".to_k."),
-    (".value.", ".to_v."),
-    (".proj_attn.", ".to_out.0."),
-)
-_LEGACY = {"embeddings.position_ids"}  # constants that were once saved with the weights
 
 
 def pickle_error(path: Path | str) -> PickleError:
@@ -280,9 +270,14 @@ class _TensorLimit(TorchFunctionMode):
 
 
 def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `CheckpointError` unless `tensors` are exactly the parameters of `module`, by name and shape."""
-    expected = {_canonical(name): tensor for name, tensor in module.state_dict().items()}
-    found = {_canonical(name): tensor for name, tensor in tensors.items() if _canonical(name) not in _LEGACY}
+    """Raise `CheckpointError` unless `tensors` are the parameters of `module`, by name and shape.
+
+    What `rt.export.names.ignored` names may be there as well.
+    """
+    passed_over = set(ignored(module, tensors))
+    names = [name for name in tensors if name not in passed_over]
+    expected = {canonical(name): tensor for name, tensor in module.state_dict().items()}
+    found = {canonical(name): tensors[name] for name in names}
     shared = [name for name in expected if name in found]
     if missing := [name for name in expected if name not in found]:
         problem = f"{_first(missing)} missing"
@@ -293,7 +288,7 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
         problem = f"{_first(wrong)} of another shape: {shapes}"
     elif integer := [name for name in shared if not found[name].is_floating_point()]:
         problem = f"{_first(integer)} quantised ({found[integer[0]].dtype})"
-    elif twice := [name for name, times in Counter(map(_canonical, tensors)).items() if times > 1]:
+    elif twice := [name for name, times in Counter(map(canonical, names)).items() if times > 1]:
         problem = f"{_first(twice)} there under two names"
     else:
         return
@@ -303,20 +298,14 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> nn.Module:
     """`module` with `tensors` as its float32 parameters, in eval mode and without gradients."""
     check(module, tensors, where)
-    names = {_canonical(name): name for name in module.state_dict()}
+    names = {canonical(name): name for name in module.state_dict()}
     state = {
-        names[_canonical(name)]: tensor.to(torch.float32)
+        names[canonical(name)]: tensor.to(torch.float32)
         for name, tensor in tensors.items()
-        if _canonical(name) not in _LEGACY
+        if canonical(name) in names
     }
     module.requires_grad_(False).load_state_dict(state, assign=True)
     return module.eval()
-
-
-def _canonical(name: str) -> str:
-    for old, new in _RENAMED:
-        name = name.replace(old, new)
-    return name
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -328,7 +317,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _first(names: list[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
+    return f"{summary(names)} {'are' if len(names) > 1 else 'is'}"
 
 
 def _truncated(path: Path, size: int, expected: int) -> CheckpointError:

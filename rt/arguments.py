@@ -33,6 +33,7 @@ _ALIASES = {
     "steps": "num_inference_steps",
     "cfg_scale": "guidance_scale",
     "sampler": "scheduler",
+    "clip_stop_at_last_layers": "clip_skip",
     "n": "num_images_per_prompt",
     "batch_size": "num_images_per_prompt",
     "prompts": "prompt",
@@ -185,6 +186,18 @@ def check_scheduler(scheduler: object) -> str | Scheduler | None:
             f"scheduler is {shown(scheduler)}; give the name of a sampler, an rt.Scheduler, or None"
         )
     return scheduler
+
+
+def check_clip_skip(clip_skip: object, rows: int) -> int:
+    """The row to take of the text encoders' states, of which a bundle has `rows`; None is the first."""
+    if clip_skip is None:
+        return 0
+    if not _is_whole(clip_skip) or not 0 <= clip_skip < rows:
+        raise ConfigError(
+            f"clip_skip is {shown(clip_skip)}; it must be a whole number from 0 to {rows - 1} for this bundle, how "
+            "many of the last layers of its text encoder to leave out, or None"
+        )
+    return int(clip_skip)
 
 
 def check_rng(rng: object) -> Callable[[int], Noise]:

@@ -174,7 +174,9 @@ class SourceRecord:
             for name, sha in sorted(self.files.items())
             if name.startswith("unet") and "safetensors" in name
         ]
-        single = [sha for name, sha in sorted(self.files.items()) if name.endswith(".safetensors")]
+        single = [
+            sha for name, sha in sorted(self.files.items()) if re.fullmatch(r"[^/]+\.safetensors", name)
+        ]
         return (unet or single or [hashlib.sha256(self.name.encode()).hexdigest()])[0][:10]
 
 

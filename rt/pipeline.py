@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rt.arguments import (
     check_backend,
     check_callback,
+    check_clip_skip,
     check_count,
     check_guidance,
     check_guidance_interval,
@@ -95,6 +96,16 @@ class Pipeline:
             dict.fromkeys(
                 e.profile for e in bundle.manifest.engines if e.component is Component.UNET and e.profile
             )
+        )
+        # Of each text encoder's states, one for each number of layers that can be left out.
+        self._text_rows = min(
+            (
+                output.shape[0]
+                for engine in bundle.manifest.engines
+                for output in engine.outputs
+                if engine.component in spec.text_encoders and output.name == "states"
+            ),
+            default=1,
         )
         self._sessions: dict[ShapeProfile, Loop] = {}
         self._kernels: KernelLibrary | None = None
@@ -178,6 +189,7 @@ class Pipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         callback_on_image_end: ImageCallback | None = None,
         guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
         seed: int | Sequence[int] | None = None,
         scheduler: str | Scheduler | None = None,
         image: Picture | None = None,
@@ -211,6 +223,8 @@ class Pipeline:
             callback_on_image_end: Called as (pipe, index, image) when a picture is done, such as to save it at once:
                 its place among all, and itself as in `PipelineOutput.images`. Those of a batch come one by one.
             guidance_rescale: φ of https://arxiv.org/abs/2305.08891, for zero-terminal-SNR models.
+            clip_skip: How many of the last layers of each text encoder to leave out for the prompt, beyond those that
+                the model leaves out anyway; the negative prompt is always read in full.
             seed: Of the first picture, the others count up from it; or one for each picture; random when left out.
             scheduler: Name of a sampler (`rt.samplers.SAMPLERS`, diffusers' class names), or a `Scheduler`;
                 the checkpoint's own when left out.
@@ -246,6 +260,7 @@ class Pipeline:
         shown = check_tensor_inputs(callback_on_step_end_tensor_inputs)
         guidance_scale, guidance_rescale = check_guidance(guidance_scale, guidance_rescale)
         guidance_interval = check_guidance_interval(guidance_interval)
+        skip = check_clip_skip(clip_skip, self._text_rows)
         guided = guidance_scale > 1
         size = choose_size(self._profiles, check_side(height, "height"), check_side(width, "width"))
         shape = self.bundle.manifest.model.latent_shape(*size)
@@ -263,7 +278,7 @@ class Pipeline:
             with watch("load"):
                 self._load(size, count, schedule, guided=guided, decode=output_type != "latent")
             with watch("text"):
-                pairs = self._encode(prompts, negatives, guided=guided)
+                pairs = self._encode(prompts, negatives, skip, guided=guided)
                 if hole is not None:
                     start = first.randn(shape) if start is None else start
                     inpainting = self._encode_picture(*hole, first)
@@ -344,27 +359,27 @@ class Pipeline:
         )
 
     def _encode(
-        self, prompts: Sequence[str], negatives: Sequence[str | None], *, guided: bool
+        self, prompts: Sequence[str], negatives: Sequence[str | None], skip: int, *, guided: bool
     ) -> list[tuple[Conditioning, Conditioning | None]]:
         """The conditional and the unconditional side of each prompt; equal texts are encoded once."""
-        cache: dict[str, Conditioning] = {}
+        cache: dict[tuple[str, int], Conditioning] = {}
 
-        def encode(text: str) -> Conditioning:
-            if text not in cache:
-                cache[text] = self._encode_one(text)
-            return cache[text]
+        def encode(text: str, skip: int = 0) -> Conditioning:
+            if (text, skip) not in cache:
+                cache[text, skip] = self._encode_one(text, skip)
+            return cache[text, skip]
 
         def encode_negative(text: str | None, cond: Conditioning) -> Conditioning:
             if text is None and self.bundle.manifest.model.zero_negative:
                 return cond.zeros()
             return encode(text or "")
 
-        conds = [encode(prompt) for prompt in prompts]
+        conds = [encode(prompt, skip) for prompt in prompts]
         if not guided:
             return [(cond, None) for cond in conds]
         return [(c, encode_negative(n, c)) for c, n in zip(conds, negatives, strict=True)]
 
-    def _encode_one(self, text: str) -> Conditioning:
+    def _encode_one(self, text: str, skip: int) -> Conditioning:
         states: list[NDArray[np.float32]] = []
         pooled = None
         for encoder, tokenizer in self._tokenizers.items():
@@ -376,7 +391,7 @@ class Pipeline:
             engine.enqueue()
             for output in engine.outputs.values():
                 check_finite(output, encoder)
-            states.append(engine.outputs["states"][0].copy())
+            states.append(engine.outputs["states"][skip].copy())
             if "pooled" in engine.outputs:
                 pooled = engine.outputs["pooled"][0].copy()
         return Conditioning(states=np.concatenate(states, axis=-1), pooled=pooled)

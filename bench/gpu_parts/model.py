@@ -16,8 +16,9 @@ from rt.bench.bundle import PROMPT
 from rt.bench.gpu_parts.place import Place
 from rt.bench.gpu_parts.settings import GUIDANCE_SCALE, Setting
 from rt.export.architectures import ARCHITECTURES, Architecture, clip, unet, vae
-from rt.export.checkpoint import Checkpoint, Kind
+from rt.export.checkpoint import Checkpoint
 from rt.export.facts import FOLDERS, read_spec
+from rt.export.source import Kind
 from rt.export.synthetic import Synthetic
 from rt.export.weights import build
 from rt.model import Component, Family

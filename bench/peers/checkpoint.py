@@ -9,9 +9,10 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from rt.bench.peers.once import make_once
-from rt.export.checkpoint import Checkpoint, Kind, open_checkpoint
+from rt.export.checkpoint import Checkpoint, open_checkpoint
 from rt.export.facts import FOLDERS
 from rt.export.folder import TOKENIZERS
+from rt.export.source import Kind
 from rt.export.synthetic import byte_vocabulary
 from rt.model import Component
 

@@ -79,6 +79,9 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
 @click.option("--variant", help="Weights variant, such as fp16.")
 @click.option("--tokenizer", help="Folder or hub id of the vocabulary, for a single file.")
 @click.option("--prediction-type", help="epsilon, v_prediction or sample, where a single file does not say.")
+@click.option(
+    "--vae", help="Another VAE: a folder, hub id or .safetensors file; for a single file without one."
+)
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Merge a LoRA; may be repeated.")
 @click.option("--offline", is_flag=True, help="Use only what the hub cache holds.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -102,6 +105,7 @@ def command(
     variant: str | None,
     tokenizer: str | None,
     prediction_type: str | None,
+    vae: str | None,
     loras: tuple[str, ...],
     offline: bool,
     force: bool,
@@ -129,6 +133,7 @@ def command(
         variant=variant,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
+        vae=vae,
         offline=offline,
         loras=[parse(lora) for lora in loras],
     )

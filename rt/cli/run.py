@@ -18,6 +18,7 @@ from rt.bundle import LoraRecord
 from rt.cli.streams import hand_out
 from rt.errors import ConfigError
 from rt.images import ImageMetadata, OutputPattern, save
+from rt.model import Family
 from rt.pipeline import Pipeline
 from rt.progress import progress
 from rt.samplers import SAMPLERS, SPACINGS, Scheduler
@@ -60,6 +61,12 @@ def interval(text: str) -> tuple[float, float]:
     default=1,
     help="Run the whole U-Net at one of N steps; faster, another picture.  [default: each]",
 )
+@click.option(
+    "--clip-skip",
+    type=int,
+    metavar="N",
+    help="Leave out the last N layers of the text encoders, as diffusers counts them.  [default: the model's]",
+)
 @click.option("--seed", type=int, help="Of the first picture; the others count up.  [default: random]")
 @click.option(
     "--rng",
@@ -99,6 +106,7 @@ def command(
     guidance_rescale: float,
     guidance_interval: tuple[float, float],
     step_cache: int,
+    clip_skip: int | None,
     seed: int | None,
     rng: str,
     scheduler: str | None,
@@ -142,6 +150,8 @@ def command(
         settings["CFG interval"] = " to ".join(f"{part:g}" for part in guidance_interval)
     if step_cache > 1:
         settings["Step cache"] = step_cache
+    if clip_skip:  # other tools begin to count at the last layer
+        settings["Clip skip"] = clip_skip + (2 if pipe.bundle.manifest.model.family is Family.SDXL else 1)
     if rng == "cpu":  # other tools take it for a GPU's where nothing is said
         settings["RNG"] = "CPU"
     saved: list[Path] = []
@@ -175,6 +185,7 @@ def command(
                 guidance_rescale=guidance_rescale,
                 guidance_interval=guidance_interval,
                 step_cache=step_cache,
+                clip_skip=clip_skip,
                 negative_prompt=negative_prompt,
                 num_images_per_prompt=num_images_per_prompt,
                 seed=seeds,

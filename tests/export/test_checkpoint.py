@@ -19,8 +19,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from rt.errors import CheckpointError, ConfigError, PickleError
 from rt.export import hub
-from rt.export.checkpoint import Checkpoint, Kind, open_checkpoint
+from rt.export.checkpoint import Checkpoint, open_checkpoint
 from rt.export.facts import read_spec
+from rt.export.source import Kind
 from rt.export.weights import read_header
 from rt.model import Component, Family
 
@@ -187,7 +188,7 @@ def test_sharded_weights(folder: Folder) -> None:
     assert "no `weight_map`" in refused(root)
 
 
-def test_variants(folder: Folder, edit_weights: Edit) -> None:
+def test_variants(folder: Folder, edit_weights: Edit, caplog: pytest.LogCaptureFixture) -> None:
     root = folder()
     for path in (UNET, VAE, TEXT):
         other = root / path.with_suffix(".fp16.safetensors")
@@ -201,10 +202,35 @@ def test_variants(folder: Folder, edit_weights: Edit) -> None:
     assert torch.equal(conv_in(), plain)
     assert torch.equal(conv_in(variant="fp16"), 2 * plain)
     assert "no variant 'bf16'; --variant can be one of: " in refused(root, variant="bf16")
+    (root / VAE.with_suffix(".fp16.safetensors")).unlink()
+    assert torch.equal(conv_in(variant="fp16"), 2 * plain)
+    assert "vae has no variant 'fp16': its plain weights are taken" in caplog.text
+    assert "text_encoder" not in caplog.text
+    (root / VAE).rename(root / VAE.with_suffix(".ema.safetensors"))
+    message = "vae has neither the variant 'fp16' nor plain weights; --variant can be one of: ema"
+    assert refused(root, variant="fp16").endswith(message)
     (root / UNET).unlink()
     assert torch.equal(conv_in(), 2 * plain)  # the only one there
     shutil.copy(root / UNET.with_suffix(".fp16.safetensors"), root / UNET.with_suffix(".ema.safetensors"))
     assert refused(root).endswith("no plain weights; --variant can be one of: ema, fp16")
+
+
+@pytest.mark.parametrize("shard", ["{stem}-0000{i}-of-00002.fp16", "{stem}.fp16-0000{i}-of-00002"])
+def test_a_variant_in_shards(folder: Folder, shard: str) -> None:
+    """One component has it, as diffusers or transformers names shards; the others have plain weights alone."""
+    root = folder()
+    state = load_file(root / UNET)
+    names = [shard.format(stem=UNET.stem, i=i) + ".safetensors" for i in (1, 2)]
+    weight_map = {name: names[i % 2] for i, name in enumerate(state)}
+    for name in names:
+        part = {key: 2 * tensor for key, tensor in state.items() if weight_map[key] == name}
+        save_file(part, root / "unet" / name, metadata={"format": "pt"})
+    index = root / "unet" / f"{UNET.name}.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = open_checkpoint(str(root), variant="fp16")
+    assert {f"unet/{name}" for name in names} <= checkpoint.files.keys()
+    loaded = checkpoint.load(Component.UNET).state_dict()
+    assert torch.equal(loaded["conv_in.weight"], 2 * state["conv_in.weight"])
 
 
 def test_prediction_type_can_be_corrected(folder: Folder) -> None:
@@ -524,6 +550,40 @@ def test_hub_downloads_what_it_reads(fake_hub: FakeHub) -> None:
     assert (checkpoint.kind, checkpoint.revision, checkpoint.licence) == (Kind.HUB, COMMIT, "mit")
     assert sorted(fake_hub.downloaded) == sorted([*checkpoint.files, "README.md"])
     assert_same_as_libraries(checkpoint, fake_hub.remote)
+
+
+def test_hub_downloads_a_variant_and_else_the_plain(
+    fake_hub: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    (fake_hub.remote / UNET).rename(fake_hub.remote / UNET.with_suffix(".fp16.safetensors"))
+    shutil.copy(fake_hub.remote / VAE, fake_hub.remote / VAE.with_suffix(".fp16.safetensors"))
+    checkpoint = open_checkpoint("org/name", revision="main", variant="fp16")
+    weights = {name for name in fake_hub.downloaded if name.endswith(".safetensors")}
+    assert weights == {f"{path.with_suffix('.fp16.safetensors')}" for path in (UNET, VAE)} | {str(TEXT)}
+    assert weights <= checkpoint.files.keys()
+    said = [record for record in caplog.records if "its plain weights are taken" in record.getMessage()]
+    assert len(said) == 1 and "text_encoder" in said[0].getMessage()
+    assert "no variant 'bf16'" in refused("org/name", revision="main", variant="bf16")
+
+
+def test_hub_offline_without_what_others_did_not_fetch(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a snapshot the hub's library keeps the list of all files of the repository."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    storage = tmp_path / "cache" / "models--org--name"
+    for name in ("refs", "trees"):
+        (storage / name).mkdir(parents=True)
+    (storage / "refs" / "main").write_text(COMMIT)
+    snapshot = Path(shutil.copytree(folder(), storage / "snapshots" / COMMIT))
+    files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    missing = ["README.md", "LICENSE", "vae/diffusion_pytorch_model.fp16.safetensors", "tokenizer/more.json"]
+    listing = {name: {"size": 9, "blob_id": "0" * 40} for name in (*files, *missing)}
+    tree = {"format_version": 1, "files": listing}
+    (storage / "trees" / f"{COMMIT}.json").write_text(json.dumps(tree))
+    assert open_checkpoint("org/name", offline=True).revision == COMMIT
+    (snapshot / "unet" / "config.json").unlink()
+    assert "unet/config.json is missing" in refused("org/name", offline=True)
 
 
 def test_hub_refusals_come_before_weights(fake_hub: FakeHub, edit_json: Edit) -> None:

@@ -104,14 +104,19 @@ def test_same_as_diffusers(demo_model: Path, tmp_path: Path, layout: str) -> Non
     check_same(pipe, file, open_checkpoint(str(demo_model), loras=[(file, 0.7)]))
 
 
-@pytest.mark.parametrize("alpha", [1, 7.5])
-def test_alpha_in_the_metadata(demo_model: Path, tmp_path: Path, alpha: float) -> None:
-    """As diffusers writes it, and reads it."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": 1},
+        {"lora_alpha": 7.5, "use_rslora": True},
+        {"lora_alpha": 4, "alpha_pattern": {"attn2.to_q": 9, "conv1": 2}, "rank_pattern": {"conv1": 5}},
+    ],
+)
+def test_settings_in_the_metadata(demo_model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """As diffusers writes them, and reads them."""
     pipe = StableDiffusionPipeline.from_pretrained(demo_model, safety_checker=None, torch_dtype=torch.float32)
     targets = ["to_q", "conv1"]
-    pipe.unet.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
-    )
+    pipe.unet.add_adapter(LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False, **settings))
     pipe.save_lora_weights(
         tmp_path,
         unet_lora_layers=get_peft_model_state_dict(pipe.unet),
@@ -224,8 +229,13 @@ def check_same(pipe: Any, file: Path, merged: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ('{"unet.use_rslora": true}', "has use_rslora"),
-        ('{"unet.alpha_pattern": {"to_q": 4}}', "has alpha_pattern"),
+        ('{"unet.use_dora": true}', "has use_dora in its lora_adapter_metadata"),
+        ('{"unet.peft_type": "LOHA"}', "has a LOHA in its lora_adapter_metadata"),
+        ('{"unet.init_lora_weights": "pissa_niter_16"}', "which changes the model's own weights"),
+        ('{"unet.alpha_pattern": {"(a+)+": 4}}', "a group that repeats: refused"),
+        ('{"unet.alpha_pattern": {"(": 4}}', "bad lora_adapter_metadata"),
+        ('{"unet.alpha_pattern": [4]}', "bad lora_adapter_metadata"),
+        ('{"unet.lora_alpha": NaN}', "bad lora_adapter_metadata"),
         ('{"unet.lora_alpha": "much"}', "bad lora_adapter_metadata"),
         ("[1]", "bad lora_adapter_metadata"),
     ],

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rt.errors import CheckpointError, ConfigError
 from rt.export import single_file
-from rt.export.checkpoint import Checkpoint, Kind, open_checkpoint
+from rt.export.checkpoint import Checkpoint, open_checkpoint
+from rt.export.source import Kind
 from rt.model import Component, Family
 
 State = dict[str, Tensor]
@@ -316,7 +317,10 @@ def test_prediction_type_of_sd2_must_be_said(write: Callable[..., Path]) -> None
     assert opens(path, prediction_type="v_prediction")["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize(("said", "meant"), [("v", "v_prediction"), ("epsilon", "epsilon")])
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("v", "v_prediction"), ("V", "v_prediction"), ("v_prediction", "v_prediction"), ("epsilon", "epsilon")],
+)
 def test_prediction_type_by_metadata(write: Callable[..., Path], said: str, meant: str) -> None:
     path = write(Family.SD2, metadata={"modelspec.prediction_type": said, "modelspec.license": "MIT"})
     assert opens(path)["prediction_type"] == meant
@@ -328,7 +332,14 @@ def test_prediction_type_by_metadata(write: Callable[..., Path], said: str, mean
 
 @pytest.mark.parametrize(
     ("line", "meant"),
-    [('    parameterization: "v"', "v_prediction"), ("    linear_start: 0.00085", "epsilon")],
+    [
+        ('    parameterization: "v"', "v_prediction"),
+        ("    parameterization: v  # as trained", "v_prediction"),
+        ("    target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling", "v_prediction"),
+        ("    target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling", "epsilon"),
+        ("    # parameterization: v", "epsilon"),
+        ("    linear_start: 0.00085", "epsilon"),
+    ],
 )
 def test_prediction_type_by_sidecar(write: Callable[..., Path], line: str, meant: str) -> None:
     path = write(Family.SD2)
@@ -343,6 +354,142 @@ def test_prediction_type_by_keys(write: Callable[..., Path]) -> None:
     scheduler = opens(path)
     assert scheduler["prediction_type"] == "v_prediction"
     assert scheduler["rescale_betas_zero_snr"] is True
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize(("beside", "says"), [("metadata", "its metadata"), ("yaml", "model.yaml")])
+def test_the_key_wins(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture, family: Family, beside: str, says: str
+) -> None:
+    """Trainers and merges copy metadata and .yaml files from models of another kind."""
+    stale = {"modelspec.prediction_type": "epsilon"} if beside == "metadata" else None
+    path = write(family, lambda state: state.update(v_pred=torch.tensor([])), metadata=stale)
+    if beside == "yaml":
+        path.with_suffix(".yaml").write_text("model:\n  params:\n    timesteps: 1000\n")
+    scheduler = opens(path)
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert "rescale_betas_zero_snr" not in scheduler
+    assert f"the key v_pred says v_prediction, and {says} epsilon" in caplog.text
+    caplog.clear()
+    assert opens(path, prediction_type="epsilon")["prediction_type"] == "epsilon"
+    assert not caplog.records
+
+
+def test_a_yaml_that_contradicts_metadata(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(Family.SD1, metadata={"modelspec.prediction_type": "epsilon"})
+    path.with_suffix(".yaml").write_text('    parameterization: "v"\n')
+    assert opens(path)["prediction_type"] == "v_prediction"
+    assert "model.yaml says v_prediction, and its metadata epsilon" in caplog.text
+
+
+def test_keys_and_metadata_that_agree(write: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    path = write(
+        Family.SDXL,
+        lambda state: state.update(v_pred=torch.ones(1)),
+        metadata={"modelspec.prediction_type": "v"},
+    )
+    assert opens(path)["prediction_type"] == "v_prediction"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [(Family.SD1, "DDIMScheduler"), (Family.SDXL, "EulerDiscreteScheduler")],
+)
+def test_zero_snr_without_v(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture, family: Family, sampler: str
+) -> None:
+    """The key is obeyed, by a sampler that knows such noise levels."""
+    path = write(family, lambda state: state.update(ztsnr=torch.ones(1)))
+    tokenizer = str(next(path.parent.glob("*/tokenizer")))
+    checkpoint = open_checkpoint(str(path), tokenizer=tokenizer)
+    scheduler = checkpoint.spec.scheduler
+    assert scheduler["prediction_type"] == "epsilon"
+    assert scheduler["rescale_betas_zero_snr"] is True and scheduler["timestep_spacing"] == "trailing"
+    assert scheduler["_class_name"] == checkpoint.configs["model_index"]["scheduler"][1] == sampler
+    assert "has the key ztsnr" in caplog.text
+
+
+# What a file has beside the model.
+
+
+@pytest.mark.parametrize("family", Family)
+def test_what_no_part_needs_is_left_out(write: Callable[..., Path], tmp_path: Path, family: Family) -> None:
+    clip = "conditioner.embedders.0." if family is Family.SDXL else "cond_stage_model."
+    names = [
+        "model_ema.decay",
+        "model_ema.diffusion_modelinput_blocks00weight",
+        "embedding_manager.embedder.weight",
+        "alphas_cumprod",
+        "betas",
+        "denoiser.sigmas",
+        "first_stage_model.loss.logvar",
+        "first_stage_model.model_ema.decay",
+        f"{clip}logit_scale",
+        f"{clip}transformer.logit_scale",
+        f"{clip}transformer.text_projection.weight",
+        f"{clip}transformer.vision_model.post_layernorm.bias",
+        f"{clip}transformer.visual_projection.weight",
+    ]
+    if family is not Family.SD1:
+        open_clip = "conditioner.embedders.1.model." if family is Family.SDXL else "cond_stage_model.model."
+        names += [
+            f"{open_clip}{name}"
+            for name in ("attn_mask", "visual.proj", "visual.transformer.resblocks.0.ln_1.bias")
+        ]
+    path = write(family, lambda state: state.update({name: torch.ones(3) for name in names}))
+    tokenizer = str(tmp_path / family.value / "tokenizer")
+    checkpoint = open_checkpoint(str(path), tokenizer=tokenizer, prediction_type="epsilon")
+    for component in checkpoint.components:
+        ours = checkpoint.load(component).state_dict()
+        theirs = open_checkpoint(str(tmp_path / family.value)).load(component).state_dict()
+        assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# The autoencoder.
+
+
+@pytest.mark.parametrize("family", Family)
+def test_without_a_vae(write: Callable[..., Path], tmp_path: Path, family: Family) -> None:
+    """Another one is named, in any layout; it is scaled as the family's."""
+    taken: State = {}
+
+    def take(state: State) -> None:
+        for name in [name for name in state if name.startswith("first_stage_model.")]:
+            taken[name] = state.pop(name)
+
+    path = write(family, take)
+    root = tmp_path / family.value
+    options = {"tokenizer": str(root / "tokenizer"), "prediction_type": "epsilon"}
+    message = refused(path, **options)
+    assert "has no VAE (first_stage_model.*): name one with --vae, such as " in message
+
+    expected = open_checkpoint(str(root)).load(Component.VAE_DECODER).state_dict()
+    scale = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025}[family]
+    bare = {name.removeprefix("first_stage_model."): tensor for name, tensor in taken.items()}
+    vae = tmp_path / "vae.safetensors"
+    for layout in (taken, {**bare, "loss.logvar": torch.ones(1)}, expected):
+        save_file({name: tensor.contiguous() for name, tensor in layout.items()}, vae)
+        checkpoint = open_checkpoint(str(path), vae=str(vae), **options)
+        assert checkpoint.spec.scaling_factor == scale
+        assert checkpoint.files["vae/vae.safetensors"] == vae
+        got = checkpoint.load(Component.VAE_DECODER).state_dict()
+        assert list(got) == list(expected) and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_the_vae_of_another_single_file(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(Family.SD1)
+    tokenizer = str(tmp_path / "sd1" / "tokenizer")
+    other = tmp_path / "other.safetensors"
+    state = {name: tensor * 2 for name, tensor in load_file(path).items()}
+    save_file(state, other)
+    mixed, own = (
+        open_checkpoint(str(path), tokenizer=tokenizer, vae=vae).load(Component.VAE_DECODER).state_dict()
+        for vae in (str(other), None)
+    )
+    assert all(torch.equal(mixed[name], 2 * own[name]) for name in own)
 
 
 # What is refused.
@@ -360,6 +507,7 @@ def test_prediction_type_by_keys(write: Callable[..., Path]) -> None:
         ("control_model.time_embed.0.weight", "is a ControlNet"),
         ("conditioner.embedders.0.model.ln_final.weight", "is an SDXL refiner"),
         ("edm_mean", "is an EDM model"),
+        ("edm_vpred.sigma_max", "is an EDM model"),
         ("down_blocks.0.resnets.0.conv1.weight", "is one network in diffusers' layout"),
         ("decoder.conv_in.weight", "has no U-Net"),
         ("model.diffusion_model.input_blocks.0.0.weight", "has a U-Net and no text encoder"),

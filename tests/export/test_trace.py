@@ -91,8 +91,14 @@ def test_text_encoders(opened, family, generator):
             with torch.no_grad():
                 expected = module(tokens, output_hidden_states=True)
             got = run(program, {"tokens": tokens})
-            states = expected.hidden_states[-2] if family is Family.SDXL else expected.last_hidden_state
-            assert close(got["states"], states)
+            *earlier, last = expected.hidden_states
+            if family is Family.SDXL:
+                rows = earlier[::-1]
+            else:
+                rows = [expected.last_hidden_state, *map(module.final_layer_norm, earlier[::-1])]
+                assert close(rows[0], module.final_layer_norm(last))
+            assert len(rows) == module.config.num_hidden_layers + (family is not Family.SDXL)
+            assert close(got["states"], torch.cat(rows))
             assert got["states"].shape[1] == checkpoint.spec.max_tokens
             if second:
                 assert close(got["pooled"], expected.text_embeds)

@@ -129,12 +129,13 @@ def test_the_version_is_the_packages(rt: Rt) -> None:
 def test_run_prints_the_path_alone_and_writes_a_picture_of_the_size(
     process: Rt, demo_bundle: Path, tmp_path: Path
 ) -> None:
-    done = process("run", demo_bundle, "--prompt", "a red heart", *FAST, "-o", "heart.png")
+    done = process("run", demo_bundle, "--prompt", "a red heart", *FAST, "--clip-skip", 1, "-o", "heart.png")
     assert (done.returncode, done.stdout, done.stderr) == (0, "heart.png\n", "")  # type: ignore[attr-defined]
     with Image.open(tmp_path / "heart.png") as image:
         assert image.size == (64, 64)
         assert "a red heart" in image.info["parameters"] and "Seed: 7" in image.info["parameters"]
         assert ", RNG: CPU, " in image.info["parameters"]
+        assert ", Clip skip: 2, " in image.info["parameters"]  # as others count, from the last layer on
 
 
 def test_underscores_are_dashes(rt: Rt, demo_bundle: Path, tmp_path: Path) -> None:

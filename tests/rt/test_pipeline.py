@@ -97,6 +97,10 @@ WRONG: list[tuple[dict[str, Any], type[ConfigError], str]] = [
         ConfigError,
         "step_cache is 3, but this bundle has no shallow steps; build it again with",
     ),
+    *(
+        ({"clip_skip": wrong}, ConfigError, f"clip_skip is {wrong!r}; it must be a whole number from 0 to 3 ")
+        for wrong in (-1, 4, True, 1.0, "2")
+    ),
     ({"prompt": None}, ConfigError, "prompt is None; give a string or a non-empty list of strings"),
     ({"prompt": []}, ConfigError, "prompt is []; give a string"),
     ({"prompt": 3}, ConfigError, "prompt is 3; give a string"),

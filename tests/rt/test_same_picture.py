@@ -77,6 +77,18 @@ class Pair:
     diffusers: Any
     rt: rt.Pipeline
 
+    @property
+    def height(self) -> int:
+        return self._profile.height
+
+    @property
+    def width(self) -> int:
+        return self._profile.width
+
+    @property
+    def _profile(self) -> ShapeProfile:
+        return self.rt.bundle.manifest.config.profiles[0]
+
     def both(
         self, prompt: str | list[str], sampler: str | None = None, *, seeds: Sequence[int], **arguments: Any
     ) -> tuple[Drawn, Drawn]:
@@ -468,6 +480,34 @@ def test_stable_diffusion_2(sd2, sampler, words, seed):
     theirs, ours = sd2.both(prompt, sampler, **arguments, height=16, width=16)
     check_same(theirs, ours)
     assert away(sd2.ours(words(), sampler, **arguments).images, ours.images) > VISIBLE
+
+
+@pytest.fixture
+def all_of_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers 0.42 looks for the norm where transformers had it until 5.6."""
+    monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda encoder: encoder), raising=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("negative", [None, "words"])
+@pytest.mark.parametrize(
+    ("family", "skip"),
+    [("demo", 1), ("demo", 3), *(("sd2", skip) for skip in range(4)), *(("sdxl", skip) for skip in range(2))],
+)
+def test_clip_skip(request, all_of_clip, family, skip, negative, words, seed):
+    """Every number of layers that can be left out; of the negative prompt none is."""
+    pair: Pair = request.getfixturevalue(family)
+    arguments = {"seeds": [seed], "num_inference_steps": 3, "guidance_scale": 3.0}
+    arguments["negative_prompt"] = None if negative is None else words()
+    size = {"height": pair.height, "width": pair.width}
+    prompt = words()
+    theirs, ours = pair.both(prompt, **arguments, **size, clip_skip=skip)
+    check_same(theirs, ours)
+    plain = pair.ours(prompt, **arguments, **size)
+    if skip == 0:
+        np.testing.assert_array_equal(plain.images, ours.images)
+    else:
+        assert away(plain.images, ours.images) > 1
 
 
 @pytest.mark.slow
