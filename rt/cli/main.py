@@ -88,7 +88,7 @@ def main() -> NoReturn:
     sys.unraisablehook = _interrupt_again
     open_streams()
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="rt", standalone_mode=False)
         check_written()
         sys.exit(code)
     except click.ClickException as error:
