@@ -148,6 +148,11 @@ class InductorCpu:
         about = About.read(path)
         check_torch(about, path)
         check_processor(about, path, processor())
+        if _openmp().calls.forked:
+            raise BackendError(
+                f"{self.name} cannot run here: it was used before this process was forked, and torch's threads did not "
+                f"follow; start processes by multiprocessing's spawn, or use --backend openvino"
+            )
         with library:
             program = _Program(path, about, "cpu")
         return InductorEngine(program, buffers(inputs), buffers(outputs), threads)
@@ -439,6 +444,19 @@ def check_gpu(about: About, path: Path, device: Device) -> None:
             f"{path.name} was compiled for compute capability {about.capability}, and {device.name} has "
             f"{device.capability}; build it again here"
         )
+
+
+class _OpenMP:
+    """The threads that all packages share; one that is loaded in a child waits for those of the parent."""
+
+    def __init__(self) -> None:
+        self.calls = Calls(self)
+
+
+@cache
+def _openmp() -> _OpenMP:
+    """From the first package on."""
+    return _OpenMP()
 
 
 @cache
