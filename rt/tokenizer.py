@@ -9,7 +9,6 @@ merges within a word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
 from rt.errors import BundleError, CheckpointError, ConfigError
+from rt.json_file import parse_json, read_bounded
 
 # A prompt of 1 MB takes most of a second to tokenize, and no model reads as far as this.
 MAX_CHARACTERS = 4096
@@ -123,7 +123,7 @@ class Tokenizer:
             BundleError: There is no such file, or it is not one of ours.
         """
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tokenizer = tokenizers.Tokenizer.from_str(read_bounded(path).decode("utf-8"))
         except Exception as error:  # `tokenizers` raises the bare class
             raise BundleError(f"cannot read the tokenizer {path}: {error}; build the bundle again") from error
         if tokenizer.truncation is None or tokenizer.padding is None:
@@ -217,19 +217,26 @@ def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return read_bounded(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; a CLIP tokenizer is vocab.json and merges.txt") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     if missing is not None and not path.exists():
         return missing
     try:
-        data = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        data = parse_json(_read_bytes(path))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object")

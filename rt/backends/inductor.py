@@ -29,8 +29,10 @@ from rt.config import DType
 from rt.cuda import Device, Stream
 from rt.cuda.driver import CudaDevice
 from rt.cuda.probe import gpu_problem
+from rt.decode import decode
 from rt.errors import BackendError, IncompatibleBundleError
 from rt.extras import install_line
+from rt.json_file import LIMIT, parse_json
 from rt.process import Calls, library
 from rt.processors import processor_flags
 from rt.shapes import TensorSpec
@@ -94,13 +96,9 @@ class About:
         try:
             with zipfile.ZipFile(package) as archive:
                 [name] = [name for name in archive.namelist() if name.endswith(f"/{ABOUT}")]
-                data = json.loads(archive.read(name))
-            weights = {
-                name: Weight(**{**weight, "shape": tuple(weight["shape"]), "stride": tuple(weight["stride"])})
-                for name, weight in data["weights"].items()
-            }
-            return cls(**{**data, "weights": weights, "instructions": tuple(data["instructions"])})
-        except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+                with archive.open(name) as file:
+                    return decode(cls, parse_json(file.read(LIMIT)), ABOUT)
+        except (zipfile.BadZipFile, KeyError, ValueError) as error:
             raise BackendError(
                 f"inductor cannot load {package}: not a package of rt ({error}); build or copy the bundle again"
             ) from error
