@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+from rt.decode import short
 from rt.errors import ConfigError, nearest
 from rt.samplers import spacing
 from rt.samplers.noise_schedule import Floats, NoiseSchedule, betas
@@ -21,6 +22,10 @@ from rt.samplers.table import Schedule
 S = TypeVar("S", bound="Sampler")
 
 _FIRST = object()
+_LISTS = ("trained_betas", "disable_corrector")
+_MOST_TIMESTEPS = 100_000
+_LARGEST = 2**53
+"""Of whole numbers: up to here a float has each of them."""
 
 
 def choice(*valid: Any, default: Any = _FIRST, reads_as: Mapping[str, str] | None = None) -> Any:
@@ -81,15 +86,15 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         for f in self.options():
             self._check(f, getattr(self, f.name))
+        if not 2 <= self.num_train_timesteps <= _MOST_TIMESTEPS:
+            raise ConfigError(
+                f"num_train_timesteps got {self.num_train_timesteps}; expected from 2 to {_MOST_TIMESTEPS}. "
+                "Correct scheduler_config.json."
+            )
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ConfigError(
                 f"trained_betas has {len(self.trained_betas)} entries; expected num_train_timesteps = "
                 f"{self.num_train_timesteps}. Correct scheduler_config.json."
-            )
-        if self.num_train_timesteps < 2:
-            raise ConfigError(
-                f"num_train_timesteps got {self.num_train_timesteps}; expected 2 or more. "
-                "Correct scheduler_config.json."
             )
         if self.use_karras_sigmas + self.use_exponential_sigmas + self.use_lu_lambdas > 1:
             raise ConfigError(
@@ -103,13 +108,12 @@ class Sampler(ABC):
         if valid is not None and value not in valid:
             close = nearest(value, valid) if isinstance(value, str) and isinstance(valid[0], str) else ""
             raise ConfigError(
-                f"{name}: {option.name} got {value!r}; expected {' or '.join(map(repr, valid))}{close}. "
+                f"{name}: {option.name} got {short(value)}; expected {' or '.join(map(repr, valid))}{close}. "
                 "Choose another sampler, or set it so in the checkpoint's scheduler_config.json and build again."
             )
-        kind, got = type(option.default), type(value)
-        if valid is None and kind in (bool, int, float) and got is not kind and (got, kind) != (int, float):
+        if valid is None and not _fits(option, value):
             raise ConfigError(
-                f"{name}: {option.name} got {value!r}; expected a value like {option.default!r}. "
+                f"{name}: {option.name} got {short(value)}; expected a value like {option.default!r}. "
                 "Correct scheduler_config.json."
             )
 
@@ -152,3 +156,18 @@ class Sampler(ABC):
 def _read(option: Field[Any], value: Any) -> Any:
     reads_as = option.metadata.get("reads_as", {})
     return reads_as.get(value, value) if isinstance(value, str) else value
+
+
+def _fits(option: Field[Any], value: Any) -> bool:
+    """Whether a value is of the type of its option, and of a size that can be computed with."""
+    kind, got = type(option.default), type(value)
+    if option.name in _LISTS:
+        items = () if value is None else value
+        return isinstance(items, list | tuple) and all(
+            type(item) in (int, float) and _small(item) for item in items
+        )
+    return kind not in (bool, int, float) or ((got is kind or (got, kind) == (int, float)) and _small(value))
+
+
+def _small(number: float) -> bool:
+    return type(number) is float or abs(number) <= _LARGEST
