@@ -23,6 +23,10 @@ _OPERATORS: dict[type[ast.operator], Function] = {
 }
 
 
+_LONGEST = 500
+"""Characters: ten times what any kernel has, and nothing that Python's parser cannot bear."""
+
+
 def cdiv(dividend: int, divisor: int) -> int:
     """The quotient rounded up."""
     return -(-dividend // divisor)
@@ -60,7 +64,10 @@ def evaluate(text: str, names: Mapping[str, Any], functions: Mapping[str, Functi
         )
 
     try:
-        tree = ast.parse(text, mode="eval")
-    except SyntaxError:
-        raise ConfigError(f"{text!r} is not a formula of whole numbers") from None
-    return value(tree.body)
+        if len(text) > _LONGEST:
+            raise SyntaxError
+        return value(ast.parse(text, mode="eval").body)
+    except ConfigError:
+        raise
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        raise ConfigError(f"{text[:_LONGEST]!r} is not a formula of whole numbers") from None

@@ -136,7 +136,7 @@ class Tokenizer:
             BundleError: There is no such file, or it is not one of ours.
         """
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tokenizer = tokenizers.Tokenizer.from_str(read_bounded(path).decode("utf-8"))
         except Exception as error:  # `tokenizers` raises the bare class
             raise BundleError(f"cannot read the tokenizer {path}: {error}; build the bundle again") from error
         if tokenizer.truncation is None or tokenizer.padding is None:
@@ -265,20 +265,25 @@ def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
 
 def _read(path: Path) -> str:
     try:
-        return read_bounded(path).decode("utf-8-sig")
+        return _read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: get the tokenizer again") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return read_bounded(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; a CLIP tokenizer is vocab.json and merges.txt") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text: get the tokenizer again") from error
 
 
 def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     if missing is not None and not path.exists():
         return missing
     try:
-        data = parse_json(_read(path).encode())
+        data = parse_json(_read_bytes(path))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):

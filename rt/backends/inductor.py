@@ -29,8 +29,10 @@ from rt.config import DType
 from rt.cuda import Device, Stream
 from rt.cuda.driver import CudaDevice
 from rt.cuda.probe import gpu_problem
+from rt.decode import decode
 from rt.errors import BackendError, IncompatibleBundleError
 from rt.extras import install_line
+from rt.json_file import LIMIT, parse_json
 from rt.process import Calls, library
 from rt.processors import processor_flags
 from rt.shapes import TensorSpec
@@ -94,13 +96,9 @@ class About:
         try:
             with zipfile.ZipFile(package) as archive:
                 [name] = [name for name in archive.namelist() if name.endswith(f"/{ABOUT}")]
-                data = json.loads(archive.read(name))
-            weights = {
-                name: Weight(**{**weight, "shape": tuple(weight["shape"]), "stride": tuple(weight["stride"])})
-                for name, weight in data["weights"].items()
-            }
-            return cls(**{**data, "weights": weights, "instructions": tuple(data["instructions"])})
-        except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+                with archive.open(name) as file:
+                    return decode(cls, parse_json(file.read(LIMIT)), ABOUT)
+        except (zipfile.BadZipFile, KeyError, ValueError) as error:
             raise BackendError(
                 f"inductor cannot load {package}: not a package of rt ({error}); build or copy the bundle again"
             ) from error
@@ -148,6 +146,11 @@ class InductorCpu:
         about = About.read(path)
         check_torch(about, path)
         check_processor(about, path, processor())
+        if _openmp().calls.forked:
+            raise BackendError(
+                f"{self.name} cannot run here: it was used before this process was forked, and torch's threads did not "
+                f"follow; start processes by multiprocessing's spawn, or use --backend openvino"
+            )
         with library:
             program = _Program(path, about, "cpu")
         return InductorEngine(program, buffers(inputs), buffers(outputs), threads)
@@ -439,6 +442,19 @@ def check_gpu(about: About, path: Path, device: Device) -> None:
             f"{path.name} was compiled for compute capability {about.capability}, and {device.name} has "
             f"{device.capability}; build it again here"
         )
+
+
+class _OpenMP:
+    """The threads that all packages share; one that is loaded in a child waits for those of the parent."""
+
+    def __init__(self) -> None:
+        self.calls = Calls(self)
+
+
+@cache
+def _openmp() -> _OpenMP:
+    """From the first package on."""
+    return _OpenMP()
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from rt.errors import ConfigError
 from rt.samplers import spacing
 from rt.samplers.noise_schedule import Floats, NoiseSchedule
 from rt.samplers.sampler import Sampler, absent
@@ -85,6 +86,11 @@ class LambdaSampler(LevelSampler):
 
     def _start(self, steps: int, noise: NoiseSchedule) -> Floats:
         clipped = int(np.searchsorted(-noise.log_sigmas[::-1], self.lambda_min_clipped))
+        if clipped >= self.num_train_timesteps:
+            raise ConfigError(
+                f"lambda_min_clipped got {self.lambda_min_clipped}, which leaves no timestep; expected a value below "
+                f"{-noise.log_sigmas[0]:.3g}. Correct scheduler_config.json."
+            )
         return np.round(self.spaced(steps, clipped=clipped, drop_last=True))
 
     def _range(self, noise: NoiseSchedule, sigmas: Floats) -> tuple[float, float]:

@@ -25,6 +25,7 @@ _MOST_TIMESTEPS = 100_000
 _LARGEST = 2**31
 """Of a whole number: more has no meaning, and could not become a float."""
 _FIRST = object()
+_LISTS = ("trained_betas", "disable_corrector")
 
 
 def choice(*valid: Any, default: Any = _FIRST, reads_as: Mapping[str, str] | None = None) -> Any:
@@ -172,14 +173,19 @@ class Sampler(ABC):
 def _fits(option: Field[Any], value: Any) -> tuple[bool, str]:
     """Whether an option that is not a choice can have that value, and what it can have."""
     kind, got = type(option.default), type(value)
-    if option.name == "trained_betas":
-        return value is None or isinstance(value, list | tuple), "a list of numbers"
+    if option.name in _LISTS:
+        items = () if value is None else value
+        return isinstance(items, list | tuple) and all(map(_is_number, items)), "a list of numbers"
     if option.default is None:
-        return value is None or (got in (int, float) and abs(value) <= _LARGEST), "a number"
+        return value is None or _is_number(value), "a number"
     if kind in (bool, int, float):
         same = got is kind or (got, kind) == (int, float)
-        return same and (got is not int or abs(value) <= _LARGEST), f"a value like {option.default!r}"
+        return same and (got is bool or _is_number(value)), f"a value like {option.default!r}"
     return True, ""
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) <= _LARGEST)
 
 
 def _read(option: Field[Any], value: Any) -> Any:

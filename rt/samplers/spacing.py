@@ -50,6 +50,11 @@ def distilled(original: int, n: int, total: int) -> Floats:
     Raises:
         ConfigError: there are fewer of those than steps.
     """
+    if original > total:
+        raise ConfigError(
+            f"original_inference_steps got {original}; expected at most num_train_timesteps = {total}. "
+            "Correct scheduler_config.json."
+        )
     if n > original:
         raise ConfigError(
             f"got {n} steps; expected at most original_inference_steps = {original}, the timesteps that this "

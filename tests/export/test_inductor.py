@@ -6,7 +6,9 @@ import contextlib
 import gc
 import getpass
 import json
+import os
 import platform
+import signal
 import weakref
 import zipfile
 from dataclasses import replace
@@ -531,3 +533,21 @@ def test_a_bundle_draws_the_picture_of_openvino(write_folder, tmp_path):
         for backend in ("inductor-cpu", "openvino")
     ]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+@pytest.mark.slow
+def test_in_a_child_of_a_process_that_used_it_it_says_so(package):
+    """OpenMP's threads stay in the parent, and a child that computes would wait for them for ever."""
+    get("inductor-cpu").load(package, INPUTS, OUTPUTS, dtype=DType.FP32, threads=2)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            with pytest.raises(
+                BackendError, match="cannot run here: it was used before this process was forked"
+            ):
+                get("inductor-cpu").load(package, INPUTS, OUTPUTS, dtype=DType.FP32, threads=2)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -447,6 +447,25 @@ def test_a_file_that_is_not_in_the_manifest_is_not_verified(bundle: Path) -> Non
     assert "is not in the bundle's manifest" in raised(IntegrityError, lambda: opened.verify(["more"]))
 
 
+def test_a_bundle_that_is_replaced_while_it_opens_is_the_new_one(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(bundle, bundle.with_name("other")))
+    (other / "LICENSE").write_bytes(b"longer than it was" * 1000)
+    record = {"sha256": hash_file(other / "LICENSE"), "size_bytes": 18_000}
+    edit(other, lambda body: body["files"].update(LICENSE=record))  # type: ignore[attr-defined]
+    read = Manifest.from_bytes
+
+    def replace_then_read(raw: bytes, path: Path) -> Manifest:
+        if other.exists():
+            shutil.rmtree(bundle)
+            other.rename(bundle)
+        return read(raw, path)
+
+    monkeypatch.setattr(Manifest, "from_bytes", replace_then_read)
+    assert Bundle.open(bundle).manifest.files["LICENSE"].size_bytes == 18_000
+
+
 def test_a_copied_bundle_is_the_same_bundle(bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     Bundle.open(copy).verify()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from rt.config import DType
 from rt.cuda.host import HostDevice
 from rt.engines import EngineKey, Engines
 from rt.errors import BackendError, ConfigError
+from rt.pipeline import Pipeline
 from rt.shapes import TensorSpec
 
 
@@ -125,3 +128,24 @@ def test_another_engine_than_the_bundle_was_measured_with_is_said(
     assert Engines(Bundle.open(demo_bundle)).backend.name == "onnxruntime"
     [line] = caplog.messages
     assert line.startswith("onnxruntime: ") and "; not openvino (this processor has no AVX2" in line
+
+
+def test_engines_of_a_device_are_neither_used_nor_closed_after_a_fork(
+    demo_bundle: Path, backend: OnDevice
+) -> None:
+    pipe = Pipeline.from_bundle(demo_bundle, backend=backend.name)
+    child = os.fork()
+    if child == 0:  # nothing is loaded, and yet the device is the parent's
+        signal.alarm(20)
+        status = 1
+        try:
+            before = len(backend.device.calls)
+            with pytest.raises(BackendError, match="open the bundle after the fork"):
+                pipe("a fox")
+            pipe.close()
+            status = len(backend.device.calls) - before
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    pipe.close()
+    assert backend.device.calls[-1].name == "close"

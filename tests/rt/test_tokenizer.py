@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -311,7 +312,7 @@ def test_open_refuses_a_tokenizer_without_length(tmp_path, tokenizer):
         ("merges.txt", None, r"merges\.txt is missing"),
         ("vocab.json", b"{", r"vocab\.json is not JSON"),
         ("vocab.json", b"[]", r"vocab\.json holds a list"),
-        ("vocab.json", b"\xff", r"vocab\.json is not UTF-8 text"),
+        ("vocab.json", b"\xff", r"vocab\.json is not JSON: not UTF-8"),
         ("vocab.json", b'{"<|startoftext|>": 0}', r"'<\|endoftext\|>' is not in the vocabulary"),
         ("vocab.json", b'{"<|startoftext|>": "a", "<|endoftext|>": 1}', "as 'a': expected a number"),
         ("merges.txt", b"#version: 0.2\nq q q\n", "do not fit together"),
@@ -333,6 +334,16 @@ def test_folder_with_a_bad_file(tmp_path, name, content, message):
     else:
         (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
+        from_folder(folder, MAX_LENGTH)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_folder_with_a_file_that_is_none(tmp_path, name, make):
+    folder = write_folder(tmp_path / "tokenizer")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(CheckpointError, match=rf"cannot read .*{name}: (Is a directory|a pipe|a device)"):
         from_folder(folder, MAX_LENGTH)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from rt.errors import ConfigError
 from rt.samplers import SAMPLERS, SPACINGS, Scheduler
+from rt.samplers.scheduler import _CLASSES
 
 NAMES = {
     "ddim": ("ddim", "DDIM"),
@@ -313,3 +315,21 @@ def test_timesteps(name: str, timesteps: list[int], message: str, base_config: d
 def test_bad_eta(name: str, eta: float, message: str, base_config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=message):
         Scheduler.from_config(base_config, name).schedule(5, eta=eta)
+
+
+_ANYTHING = (
+    *(None, True, False, 0, -1, 3, 10**18, 10**30, 10**400, 0.5, -0.0, 1e300, -math.inf),
+    *("", "junk", "9" * 400, [], [None], [1, 2, 3], [[]], {}, {"name": 1}),
+)
+
+
+@pytest.mark.parametrize("class_name", sorted(_CLASSES))
+def test_anything_in_any_option_is_a_schedule_or_a_config_error(class_name: str) -> None:
+    """A manifest holds the scheduler's config as it is, and it is read at the first picture."""
+    for option in _CLASSES[class_name].options():
+        for junk in _ANYTHING:
+            config = {"_class_name": class_name, "skip_prk_steps": True, option.name: junk}
+            try:
+                Scheduler.from_config(config).schedule(3)
+            except ConfigError as error:
+                assert len(str(error)) < 500 and str(error).isprintable(), (option.name, junk)
