@@ -117,7 +117,7 @@ def test_schedule_is_read_only(base_config: dict[str, Any]) -> None:
     for field in dataclasses.fields(schedule):
         column = getattr(schedule, field.name)
         if field.name != "init_noise_sigma":
-            assert column.dtype == (np.bool_ if field.name in ("guided", "full") else np.float32)
+            assert column.dtype == (np.bool_ if field.name in ("unsteered", "guided", "full") else np.float32)
             assert len(column) == len(schedule) == 7
             with pytest.raises(ValueError, match="read-only"):
                 column[0] = 1
@@ -145,7 +145,7 @@ def test_eta(base_config: dict[str, Any]) -> None:
     assert not tcd.schedule(4, eta=0.0).noisy.any()
 
 
-ROWS = {"pndm": 11, "heun": 19, "dpm2": 19, "dpm2-a": 19}
+ROWS = {"pndm": 11, **dict.fromkeys(("heun", "dpm2", "dpm2-a", "dpmpp-sde", "dpmpp-2s-a"), 19)}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
