@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -35,12 +36,16 @@ from rt.samplers.table import Schedule, Table
 class DPM2SAncestral(SigmaSampler):
     """k-diffusion's `sample_dpmpp_2s_ancestral`, with the options of the class below: diffusers has no such class."""
 
+    karras_takes_range: ClassVar[bool] = False
+
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction_type: str = choice("epsilon", "v_prediction")
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = choice(False)
+    sigma_min: float | None = None
+    sigma_max: float | None = None
     timestep_spacing: str = choice("linspace", "leading", "trailing")
     steps_offset: int = 0
 

@@ -69,9 +69,16 @@ class Sampler(ABC):
 
     @classmethod
     def from_config(cls: type[S], config: Mapping[str, Any]) -> S:
-        """The sampler with the keys of `config` that it knows; nulls and keys of other samplers are left."""
-        given = [option for option in cls.options() if config.get(option.name) is not None]
-        return cls(**{option.name: _read(option, config[option.name]) for option in given})
+        """The sampler with the keys of `config` that it knows; keys of other samplers are left.
+
+        A null is the default, but for a switch, which it turns off.
+        """
+        read = {
+            option.name: _read(option, config[option.name])
+            for option in cls.options()
+            if option.name in config
+        }
+        return cls(**{name: value for name, value in read.items() if value is not None})
 
     @classmethod
     def options(cls) -> list[Field[Any]]:
@@ -91,10 +98,10 @@ class Sampler(ABC):
                 f"num_train_timesteps got {self.num_train_timesteps}; expected 2 or more. "
                 "Correct scheduler_config.json."
             )
-        if self.use_karras_sigmas + self.use_exponential_sigmas + self.use_lu_lambdas > 1:
+        if self.use_karras_sigmas and self.use_exponential_sigmas:
             raise ConfigError(
-                "more than one of use_karras_sigmas, use_exponential_sigmas and use_lu_lambdas is true; "
-                "expected at most one. Set the others to false in scheduler_config.json."
+                "more than one of use_karras_sigmas and use_exponential_sigmas is true; expected at most one. "
+                "Set the other to false in scheduler_config.json."
             )
 
     def _check(self, option: Field[Any], value: Any) -> None:
@@ -112,6 +119,15 @@ class Sampler(ABC):
                 f"{name}: {option.name} got {value!r}; expected a value like {option.default!r}. "
                 "Correct scheduler_config.json."
             )
+
+    @property
+    def level_spacing(self) -> str | None:
+        """How noise levels are spaced, or None for a run that is spaced in timesteps."""
+        if self.use_karras_sigmas:
+            return "karras"
+        if self.use_lu_lambdas:
+            return "lu"
+        return "exponential" if self.use_exponential_sigmas else None
 
     @property
     def noise(self) -> NoiseSchedule:
@@ -150,5 +166,7 @@ class Sampler(ABC):
 
 
 def _read(option: Field[Any], value: Any) -> Any:
+    if value is None and type(option.default) is bool:
+        return False
     reads_as = option.metadata.get("reads_as", {})
     return reads_as.get(value, value) if isinstance(value, str) else value

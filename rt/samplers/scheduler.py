@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,8 @@ class Scheduler:
         Args:
             num_inference_steps: steps; some samplers have two rows a step.
             timesteps: the timesteps themselves, falling, where the class of diffusers takes them.
-            eta: of DDIM (0 by default) and TCD (0.3), from 0 to 1. As in diffusers, 0 says nothing to the others.
+            eta: of DDIM and TCD, from 0 to 1; their own when left out, which is 0 of DDIM and 0.3 of TCD. 0 says
+                nothing to the others. `Pipeline` always says it, as pipelines of diffusers do, and by default 0.
 
         Raises:
             ConfigError: a number of steps, timesteps or eta that the sampler cannot run.
@@ -124,11 +125,12 @@ class Scheduler:
         return None
 
     def _suffix(self) -> str:
-        if self.sampler.use_karras_sigmas:
-            return "-karras"
-        return "-exponential" if self.sampler.use_exponential_sigmas else ""
+        spacing = self.sampler.level_spacing
+        return f"-{spacing}" if spacing in ("karras", "exponential") else ""
 
     def _with_eta(self, eta: float) -> Sampler:
+        if not isinstance(eta, Real):
+            raise ConfigError(f"{self.name}: eta got {eta!r}; expected a number from 0 to 1.")
         if not isinstance(self.sampler, DDIM | TCD):
             if eta == 0:
                 return self.sampler
@@ -144,11 +146,13 @@ class Scheduler:
                 f"{self.name}: got timesteps, which it cannot take; expected a sampler that can: "
                 f"{', '.join(slug for slug, entry in SLUGS.items() if entry.sampler.takes_timesteps)}."
             )
-        if sampler.use_karras_sigmas or sampler.use_exponential_sigmas or sampler.use_lu_lambdas:
+        if sampler.level_spacing is not None:
             raise ConfigError(
                 f"{self.name}: got timesteps, but its noise levels are spaced already; expected one of the "
                 "two. Give spacing='linspace' with the timesteps."
             )
+        if not isinstance(timesteps, Sequence | np.ndarray) or not all(isinstance(t, Real) for t in timesteps):
+            raise ConfigError(f"{self.name}: timesteps got {timesteps!r}; expected a list of numbers.")
         if len(timesteps) != steps:
             raise ConfigError(
                 f"{self.name}: got {len(timesteps)} timesteps for {steps} steps; expected as many. "

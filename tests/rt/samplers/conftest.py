@@ -72,11 +72,13 @@ class _TorchIn64:
         return getattr(torch, name)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _scheduler(class_name: str, config: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _class(class_name).from_config(json.loads(config))
+    kind = _class(class_name)
+    lay_out = kind.set_timesteps
+    # Some constructors lay out all training timesteps, which is slow, and nothing that a run keeps.
+    with _patched(kind, set_timesteps=lambda self, _, *more: lay_out(self, 1, *more)):
+        return kind.from_config(json.loads(config))
 
 
 def _class(name: str) -> Any:
@@ -127,14 +129,20 @@ def run_diffusers(
     *,
     promote: bool = True,
     timesteps: list[int] | None = None,
+    alphas_cumprod: NDArray[np.float32] | None = None,
     changes: Mapping[int, Callable[[Any], Any]] | None = None,
     **step: Any,
 ) -> Probe:
     """Run the scheduler of diffusers that `class_name` and `config` say, on the `inputs` for a number of rows.
 
-    `changes` say what a caller makes of the sample after a row.
+    `changes` say what a caller makes of the sample after a row; `alphas_cumprod` take the place of its own.
     """
     scheduler = copy.deepcopy(_scheduler(class_name, json.dumps(config)))
+    if alphas_cumprod is not None:
+        np.testing.assert_allclose(scheduler.alphas_cumprod.numpy(), alphas_cumprod, rtol=1e-5, atol=1e-6)
+        scheduler.alphas_cumprod = torch.from_numpy(alphas_cumprod.copy())
+        if getattr(scheduler, "final_alpha_cumprod", 1) != 1:
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     module = importlib.import_module(type(scheduler).__module__)
     replaced = {"torch": _TorchIn64()} if promote else {}
     with _patched(module, **replaced):

@@ -295,6 +295,10 @@ def test_align_your_steps_limits(base_config: dict[str, Any]) -> None:
         ("euler", [500, 999], "expected each below the one before"),
         ("euler", [1000, 500], "from at most 999 to at least 0"),
         ("euler", [5, -1], "from at most 999 to at least 0"),
+        ("euler", ["a", "b"], r"timesteps got \['a', 'b'\]; expected a list of numbers"),
+        ("euler", "ab", "timesteps got 'ab'; expected a list of numbers"),
+        ("euler", 5, "timesteps got 5; expected a list of numbers"),
+        ("euler", [[1], [2]], "expected a list of numbers"),
     ],
 )
 def test_timesteps(name: str, timesteps: list[int], message: str, base_config: dict[str, Any]) -> None:
@@ -308,6 +312,9 @@ def test_timesteps(name: str, timesteps: list[int], message: str, base_config: d
         ("euler", 0.5, "euler: eta got 0.5; only ddim and tcd have it"),
         ("ddim", 1.5, "ddim: eta got 1.5; expected a number from 0 to 1"),
         ("tcd", float("nan"), "tcd: eta got nan"),
+        ("tcd", "0.5", "tcd: eta got '0.5'; expected a number from 0 to 1"),
+        ("euler", [0], r"euler: eta got \[0\]; expected a number from 0 to 1"),
+        ("ddim", 10**400, "ddim: eta got 1000"),
     ],
 )
 def test_bad_eta(name: str, eta: float, message: str, base_config: dict[str, Any]) -> None:
