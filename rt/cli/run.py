@@ -42,7 +42,9 @@ def interval(text: str) -> tuple[float, float]:
     "--steps", "--num-inference-steps", type=int, default=50, show_default=True, help="Of the sampler."
 )
 @click.option(
-    "--guidance-scale", type=float, help="1 turns guidance off.  [default: 7.5, and 5 for XL but its inpainting]"
+    "--guidance-scale",
+    type=float,
+    help="1 turns guidance off.  [default: 7.5, and 5 for XL but its inpainting]",
 )
 @click.option(
     "--guidance-rescale", type=float, default=0.0, help="For zero-terminal-SNR models, such as 0.7."

@@ -151,7 +151,9 @@ class Scheduler:
                 f"{self.name}: got timesteps, but its noise levels are spaced already; expected one of the "
                 "two. Give spacing='linspace' with the timesteps."
             )
-        if not isinstance(timesteps, Sequence | np.ndarray) or not all(isinstance(t, Real) for t in timesteps):
+        if not isinstance(timesteps, Sequence | np.ndarray) or not all(
+            isinstance(t, Real) for t in timesteps
+        ):
             raise ConfigError(f"{self.name}: timesteps got {timesteps!r}; expected a list of numbers.")
         if len(timesteps) != steps:
             raise ConfigError(

@@ -53,7 +53,16 @@ def _cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     yield "DDIMScheduler", {}, {"eta": 1.0}
     yield "DDPMScheduler", {"variance_type": "fixed_small_log"}, {}
     yield "DDPMScheduler", {"variance_type": "fixed_large"}, {}
+    yield "DDIMScheduler", {"set_alpha_to_one": None}, {}  # a null switch is off
     yield "EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, {}
+    for levels in LEVELS[1:]:  # of which LMS and SDE read the range for exponential levels only
+        for name in ("LMSDiscrete", "DPMSolverSDE", "Heun", "KDPM2", "DPMSolverMultistep", "DEISMultistep"):
+            class_name = f"{name}Discrete" if name in ("Heun", "KDPM2") else name
+            yield f"{class_name}Scheduler", levels | {"sigma_min": 0.05, "sigma_max": 12.0}, {}
+    lu = {"use_lu_lambdas": True}
+    yield "DPMSolverMultistepScheduler", lu | {"sigma_min": 0.05, "sigma_max": 12.0}, {}
+    for levels in LEVELS[1:]:
+        yield "DPMSolverMultistepScheduler", lu | levels, {}
     yield "EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0}, {}
     for options in no_sample:
         yield "PNDMScheduler", options, {}

@@ -3,7 +3,8 @@
 `RT_FUZZ_SEED` sets the seed, `RT_FUZZ_CONFIGS` how many configs there are for all classes together. A failure prints
 both and the config as one line.
 
-Either both draw the same, or diffusers fails or gives what is not finite, or what we refuse is in `REFUSED`.
+Either both draw the same, or diffusers fails or gives what is not finite, or what we refuse is in `REFUSED`. About
+half are compared to the end.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ OPTIONS: dict[str, Callable[[random.Random], Any]] = {
     "final_sigmas_type": one_of("zero", "sigma_min"),
     "interpolation_type": rarely("linear", "log_linear", chance=0.02),
     "timestep_type": rarely("discrete", "continuous", chance=0.02),
-    "algorithm_type": one_of("dpmsolver++", "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
+    "algorithm_type": one_of(
+        "dpmsolver++", "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"
+    ),
     "solver_order": one_of(1, 2, 2, 3),
     "solver_type": one_of("midpoint", "heun", "bh1", "bh2", "logrho"),
     "lower_order_final": one_of(False, True),
@@ -147,22 +150,33 @@ REFUSED: dict[str, str] = {
 """What we refuse and diffusers runs: the option or words of our message, and why."""
 
 
-def same_timesteps(scheduler: Scheduler, ours: Any, reference: Any) -> bool:
-    """Equal; but where a level is that of a timestep up to an ulp, by which torch's float32 square root is off
+def same_timesteps(scheduler: Scheduler, run: Run, ours: Any, reference: Any) -> bool:
+    """Equal, except that one of both may round or truncate a level's fractional timestep the other way.
 
-    now and then, one of both may truncate the other way.
+    That is where the level is within an ulp of the edge: torch's float32 square root is an ulp off now and then.
     """
+    if len(ours) != len(reference):
+        return False
     sampler = scheduler.sampler
     close = np.isclose(ours, reference, rtol=0, atol=1e-3)
-    if close.all() or sampler.level_spacing is None or len(ours) != len(reference):
+    if close.all() or sampler.level_spacing is None:
         return bool(close.all())
-    exact = sampler.noise.timestep_of(sampler.levels(len(ours), None)[1][:-1])  # type: ignore[attr-defined]
-    whole = np.isclose(exact, np.round(exact), rtol=0, atol=1e-3)
-    return bool((close | (whole & (np.abs(ours - reference) == 1))).all())
+    exact = sampler.noise.timestep_of(sampler.levels(run.steps, None)[1][:-1])  # type: ignore[attr-defined]
+    edges = exact[np.isclose(2 * exact, np.round(2 * exact), rtol=0, atol=2e-3)]
+    others = zip(ours[~close], reference[~close], strict=True)
+    return all(abs(t - other) == 1 and (np.abs(edges - t) <= 1).any() for t, other in others)
+
+
+class NothingToCompare(Exception):
+    """A run that one of both does not do."""
 
 
 def compare(run: Run, diffusers_probe: Any, table_probe: Any) -> str | None:
-    """What is wrong, if anything is."""
+    """What is wrong, if anything is.
+
+    Raises:
+        NothingToCompare: See there.
+    """
     options: dict[str, Any] = {} if run.eta is None else {"eta": run.eta}
     try:
         scheduler = Scheduler.from_config(run.config)
@@ -170,7 +184,7 @@ def compare(run: Run, diffusers_probe: Any, table_probe: Any) -> str | None:
         refusal = None
     except ConfigError as error:
         if any(words in str(error) for words in REFUSED):
-            return None
+            raise NothingToCompare from None
         refusal = f"refused: {error}"
     if refusal is None and scheduler.sampler.rescale_betas_zero_snr:
         options["alphas_cumprod"] = scheduler.sampler.noise.alphas_cumprod
@@ -180,21 +194,23 @@ def compare(run: Run, diffusers_probe: Any, table_probe: Any) -> str | None:
                 run.config["_class_name"], run.config, run.steps, timesteps=run.timesteps, **options
             )
     except Exception:
-        return None  # there is nothing to compare with
+        raise NothingToCompare from None
     if not np.isfinite(reference.samples).all():
-        return None
+        raise NothingToCompare
     if refusal is not None:
         return refusal
     n = len(reference.timesteps)
     if len(ours.timesteps) != n:
+        if reference.timesteps[-1] == -1:
+            raise NothingToCompare  # rounding gave diffusers' trailing spacing one step too many
         return f"{len(ours.timesteps)} rows, not {n}"
-    if not same_timesteps(scheduler, ours.timesteps, reference.timesteps):
+    if not same_timesteps(scheduler, run, ours.timesteps, reference.timesteps):
         return f"timesteps {ours.timesteps}, not {reference.timesteps}"
     for name in ("c_in", "init_noise_sigma"):
         got, expected = getattr(ours, name), getattr(reference, name)
         if not np.allclose(got, expected, rtol=1e-5, atol=0):
             return f"{name} {got}, not {expected}"
-    if not ours.drawn <= reference.drawn or reference.drawn - ours.drawn > {n - 1}:
+    if not ours.drawn <= reference.drawn <= ours.drawn | {n - 1}:
         return f"draws at rows {ours.drawn}, not {reference.drawn}"
     gap = ours.difference(reference)
     # The table is float32, and some samplers' steps cancel from σ: from 500 on all of it is lost in the same rounding.
@@ -205,9 +221,14 @@ def compare(run: Run, diffusers_probe: Any, table_probe: Any) -> str | None:
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_random_configs(class_name: str, diffusers_probe: Any, table_probe: Any) -> None:
     rng = random.Random(f"{SEED} {class_name}")
-    wrong = []
-    for _ in range(CONFIGS // len(CLASSES)):
+    wrong, count, skipped = [], CONFIGS // len(CLASSES), 0
+    for _ in range(count):
         run = draw(rng, class_name)
-        if fault := compare(run, diffusers_probe, table_probe):
-            wrong.append(f"{fault}\n    {run}")
-    assert not wrong, f"RT_FUZZ_SEED={SEED}: {len(wrong)}\n" + "\n".join(wrong)
+        try:
+            fault = compare(run, diffusers_probe, table_probe)
+        except NothingToCompare:
+            skipped += 1
+        else:
+            wrong += [f"{fault}\n    {run}"] if fault else []
+    assert not wrong, f"RT_FUZZ_SEED={SEED} RT_FUZZ_CONFIGS={CONFIGS}: {len(wrong)}\n" + "\n".join(wrong)
+    assert skipped < 0.7 * count, f"only {count - skipped} of {count} were compared"
