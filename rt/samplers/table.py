@@ -106,7 +106,7 @@ class Table:
             raise ConfigError(
                 f"the step at timestep {timesteps[broken[0]]:g} has no finite coefficients with these "
                 "options; expected a signal-to-noise ratio above 0 there, or prediction_type='v_prediction'. "
-                "Use timestep spacing 'leading', or lower_order_final=true, or another sampler."
+                "Use fewer steps, or timestep spacing 'leading', or lower_order_final=true, or another sampler."
             )
         c_in, p, q, a, b, n = (
             column.astype(np.float32) for column in (self.c_in, self.p, self.q, self.a, self.b, self.n)

@@ -121,4 +121,7 @@ def _weights(r: Floats, hh: float, B: float) -> Floats:
     for n in range(1, len(r) + 1):
         phi = (phi - 1) if n == 1 else phi / hh - 1 / math.factorial(n)
         right.append(math.factorial(n) * phi / B)
-    return np.linalg.solve(np.vander(r, increasing=True).T, np.array(right))
+    try:
+        return np.linalg.solve(np.vander(r, increasing=True).T, np.array(right))
+    except np.linalg.LinAlgError:  # two outputs at one level; `Table` refuses what is not finite
+        return np.full(len(r), np.nan)

@@ -60,6 +60,8 @@ def _cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             class_name = f"{name}Discrete" if name in ("Heun", "KDPM2") else name
             yield f"{class_name}Scheduler", levels | {"sigma_min": 0.05, "sigma_max": 12.0}, {}
     lu = {"use_lu_lambdas": True}
+    # Where levels before the last are above it.
+    yield "DPMSolverMultistepScheduler", lu | zero_snr | {"beta_schedule": "linear", "beta_start": 1e-4}, {}
     yield "DPMSolverMultistepScheduler", lu | {"sigma_min": 0.05, "sigma_max": 12.0}, {}
     for levels in LEVELS[1:]:
         yield "DPMSolverMultistepScheduler", lu | levels, {}

@@ -267,6 +267,21 @@ def test_number_of_steps(steps: Any, base_config: dict[str, Any]) -> None:
         Scheduler.from_config(base_config, "ddim").schedule(steps)
 
 
+@pytest.mark.parametrize("name", ["unipc", "dpmpp-2m", "deis"])
+def test_two_steps_at_one_level(name: str, base_config: dict[str, Any]) -> None:
+    """Where steps are as many as timesteps, rounding lets two of these samplers' fall on one."""
+    config = base_config | {"num_train_timesteps": 8}
+    for order in (2, 3):
+        scheduler = Scheduler.from_config(config, name)
+        scheduler = dataclasses.replace(
+            scheduler, sampler=dataclasses.replace(scheduler.sampler, solver_order=order)
+        )
+        with pytest.raises(
+            ConfigError, match=r"has no finite coefficients with these options; .* Use fewer steps"
+        ):
+            scheduler.schedule(8)
+
+
 def test_more_steps_than_the_distillation_had(base_config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="got 51 steps; expected at most original_inference_steps = 50"):
         Scheduler.from_config(base_config, "lcm").schedule(51)

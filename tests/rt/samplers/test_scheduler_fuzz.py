@@ -3,8 +3,8 @@
 `RT_FUZZ_SEED` sets the seed, `RT_FUZZ_CONFIGS` how many configs there are for all classes together. A failure prints
 both and the config as one line.
 
-Either both draw the same, or diffusers fails or gives what is not finite, or what we refuse is in `REFUSED`. About
-half are compared to the end.
+Either both draw the same, or diffusers fails or gives what is not finite, or what we refuse is in `REFUSED`. Most
+are compared to the end.
 """
 
 from __future__ import annotations
@@ -126,6 +126,8 @@ def draw(rng: random.Random, class_name: str) -> Run:
         total = 1000
     steps = min(total, rng.choice([1, 2, 3, rng.randint(1, 9), rng.randint(1, 25)]))
     given = sorted(rng.sample(range(total), steps), reverse=True) if rng.random() < 0.15 else None
+    if given is not None and config.get("timestep_spacing", "") is None:  # which diffusers then runs without
+        del config["timestep_spacing"]
     eta = rng.choice([0.0, 1.0, rng.random()]) if class_name in ("DDIMScheduler", "TCDScheduler") else None
     return Run(config, steps, given, eta)
 
@@ -189,10 +191,9 @@ def compare(run: Run, diffusers_probe: Any, table_probe: Any) -> str | None:
     if refusal is None and scheduler.sampler.rescale_betas_zero_snr:
         options["alphas_cumprod"] = scheduler.sampler.noise.alphas_cumprod
     try:
-        with np.errstate(all="ignore"):
-            reference = diffusers_probe(
-                run.config["_class_name"], run.config, run.steps, timesteps=run.timesteps, **options
-            )
+        reference = diffusers_probe(
+            run.config["_class_name"], run.config, run.steps, timesteps=run.timesteps, **options
+        )
     except Exception:
         raise NothingToCompare from None
     if not np.isfinite(reference.samples).all():
@@ -210,12 +211,15 @@ def compare(run: Run, diffusers_probe: Any, table_probe: Any) -> str | None:
         got, expected = getattr(ours, name), getattr(reference, name)
         if not np.allclose(got, expected, rtol=1e-5, atol=0):
             return f"{name} {got}, not {expected}"
-    if not ours.drawn <= reference.drawn <= ours.drawn | {n - 1}:
+    # diffusers also draws noise that it multiplies by 0: after the last that counts, and where a step has no length.
+    still = set(np.flatnonzero(ours.timesteps[1:] == ours.timesteps[:-1]).tolist())
+    counted = {row for row in reference.drawn if row <= max(ours.drawn, default=-1)}
+    if ours.drawn - still != counted - still:
         return f"draws at rows {ours.drawn}, not {reference.drawn}"
     gap = ours.difference(reference)
-    # The table is float32, and some samplers' steps cancel from σ: from 500 on all of it is lost in the same rounding.
+    # The table is float32, and some samplers' steps cancel from σ; no model begins beyond 1000.
     sigma = float(scheduler.sampler.noise.sigmas[int(ours.timesteps.max())])
-    return f"samples differ by {gap:.1e}" if not gap < 2e-6 * np.clip(sigma, 50, 500) else None
+    return f"samples differ by {gap:.1e}" if not gap < 2e-6 * np.clip(sigma, 50, 1000) else None
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
@@ -225,7 +229,8 @@ def test_random_configs(class_name: str, diffusers_probe: Any, table_probe: Any)
     for _ in range(count):
         run = draw(rng, class_name)
         try:
-            fault = compare(run, diffusers_probe, table_probe)
+            with np.errstate(all="ignore"):
+                fault = compare(run, diffusers_probe, table_probe)
         except NothingToCompare:
             skipped += 1
         else:
