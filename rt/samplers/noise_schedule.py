@@ -93,7 +93,8 @@ class NoiseSchedule:
         low = np.where(reached.any(axis=1), np.minimum(last, len(self.sigmas) - 2), 0)
         below, above = self.log_sigmas[low], self.log_sigmas[low + 1]
         w = np.clip((below - log_sigma) / (below - above), 0, 1)
-        return (1 - w) * low + w * (low + 1)
+        timesteps: Floats = (1 - w) * low + w * (low + 1)
+        return timesteps
 
 
 def _linspace(start: float, end: float, n: int) -> Floats32:
