@@ -100,7 +100,7 @@ def _tensors(program: Program, spec: ModelSpec, features: Shapes) -> tuple[Shape
     match program.component:
         case Component.TEXT_ENCODER | Component.TEXT_ENCODER_2:
             pooled: Shapes = {"pooled": (1, spec.pooled_size)} if program.component is _TEXT[1] else {}
-            return {"tokens": (1, spec.max_tokens)}, {"states": (1, spec.max_tokens, None), **pooled}
+            return {"tokens": (1, spec.max_tokens)}, {"states": (None, spec.max_tokens, None), **pooled}
         case Component.UNET_TIME:
             rows = next(
                 (tensor.shape[0] for tensor in program.inputs if tensor.name == "timestep" and tensor.shape),

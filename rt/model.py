@@ -69,6 +69,11 @@ class ModelSpec:
     scheduler: Mapping[str, Any]
     inpainting: bool = False
 
+    @property
+    def default_guidance_scale(self) -> float:
+        """That of diffusers' pipeline for such a model: 5 for XL, and 7.5 for the others, XL's inpainting included."""
+        return 5.0 if self.family is Family.SDXL and not self.inpainting else 7.5
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, rows and columns of the latents of a picture of `height` x `width` pixels."""
         return (self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)

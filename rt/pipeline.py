@@ -179,10 +179,10 @@ class Pipeline:
         num_inference_steps: int = 50,
         *,
         timesteps: Sequence[int] | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
-        eta: float | None = None,
+        eta: float = 0.0,
         latents: NDArray[np.float32] | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
@@ -201,7 +201,7 @@ class Pipeline:
     ) -> PipelineOutput:
         """Draw `num_images_per_prompt` pictures of each prompt, prompt by prompt.
 
-        Names and defaults are those of diffusers' `StableDiffusionPipeline.__call__`
+        Names and defaults are those of diffusers' pipeline for the model, such as `StableDiffusionPipeline.__call__`
         (https://huggingface.co/docs/diffusers/api/pipelines/stable_diffusion/text2img).
 
         Args:
@@ -210,10 +210,11 @@ class Pipeline:
             width: As `height`.
             num_inference_steps: Steps of the sampler; some samplers call the U-Net twice a step.
             timesteps: Custom timesteps instead, where the sampler takes them.
-            guidance_scale: Strength of classifier-free guidance; 1 or less turns it off.
+            guidance_scale: Strength of classifier-free guidance; 1 or less turns it off. When left out, 5 for XL and
+                7.5 for the others, among them XL's inpainting.
             negative_prompt: What to keep away from, one for all prompts or one for each.
             num_images_per_prompt: Pictures of each prompt.
-            eta: Noise of DDIM (0 by default) and TCD (0.3).
+            eta: Noise of DDIM and TCD, from 0 to 1.
             latents: Unit noise (N, C, h, w) to begin with, instead of the seeds'.
             output_type: "pil", "np" or "latent".
             callback_on_step_end: Called as (pipe, step, timestep, {"latents": (B, C, h, w)}) after each step of a
@@ -226,8 +227,8 @@ class Pipeline:
             clip_skip: How many of the last layers of each text encoder to leave out for the prompt, beyond those that
                 the model leaves out anyway; the negative prompt is always read in full.
             seed: Of the first picture, the others count up from it; or one for each picture; random when left out.
-            scheduler: Name of a sampler (`rt.samplers.SAMPLERS`, diffusers' class names), or a `Scheduler`;
-                the checkpoint's own when left out.
+            scheduler: Name of a sampler (`rt.samplers.SAMPLERS`, a class of diffusers, what A1111 or ComfyUI call
+                it), or a `Scheduler`; the checkpoint's own when left out.
             image: For an inpainting model: the picture to change, resized to the built size. Its encoder gives a
                 distribution. As diffusers does with a list of generators, a call takes one sample of it for all of its
                 pictures, with the noise of the first one's seed after its latents. So those after the first depend on
@@ -258,6 +259,8 @@ class Pipeline:
         check_callback(callback_on_step_end, "callback_on_step_end")
         check_callback(callback_on_image_end, "callback_on_image_end")
         shown = check_tensor_inputs(callback_on_step_end_tensor_inputs)
+        if guidance_scale is None:
+            guidance_scale = self.bundle.manifest.model.default_guidance_scale
         guidance_scale, guidance_rescale = check_guidance(guidance_scale, guidance_rescale)
         guidance_interval = check_guidance_interval(guidance_interval)
         skip = check_clip_skip(clip_skip, self._text_rows)
@@ -349,7 +352,7 @@ class Pipeline:
         scheduler: str | Scheduler | None,
         steps: int,
         timesteps: Sequence[int] | None,
-        eta: float | None,
+        eta: float,
     ) -> Schedule:
         scheduler, timesteps = check_scheduler(scheduler), check_timesteps(timesteps)
         if not isinstance(scheduler, Scheduler):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rt.errors import NumericsError
 from rt.noise import Noise
 from rt.samplers import Schedule
-from rt.samplers.packed import RING_H, RING_X, ring_weights
+from rt.samplers.packed import RING_H, RING_X, ring_weights, set_apart
 
 Float32 = NDArray[np.float32]
 
@@ -88,8 +88,11 @@ class Trajectory:
 
     @property
     def latents(self) -> Float32:
-        """The current x (C, h, w), a view; assign to it to steer."""
-        return self._slot(_X + self.position % RING_X)
+        """The current x (C, h, w), a view; assign to it, or write into it, to steer."""
+        x = self._slot(_X + self.position % RING_X)
+        if set_apart(self.schedule, self._weights, self.position):
+            np.copyto(self._slot(_X + (self.position + 1) % RING_X), x)
+        return x
 
     @latents.setter
     def latents(self, values: Float32) -> None:
@@ -97,7 +100,8 @@ class Trajectory:
 
     def feed(self, latents: Float32) -> None:
         """Write the scaled latents, what the network is to see, into `latents` (C, h, w)."""
-        np.multiply(self.latents, self.schedule.c_in[self.position], out=latents)
+        x = self._slot(_X + self.position % RING_X)
+        np.multiply(x, self.schedule.c_in[self.position], out=latents)
 
     def guide_and_step(self, cond: Float32, uncond: Float32 | None) -> None:
         """Take the network's output (C, h, w), with or without guidance, and move to the next position.

@@ -43,7 +43,11 @@ def interval(text: str) -> tuple[float, float]:
 @click.option(
     "--steps", "--num-inference-steps", type=int, default=50, show_default=True, help="Of the sampler."
 )
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True, help="1 turns guidance off.")
+@click.option(
+    "--guidance-scale",
+    type=float,
+    help="1 turns guidance off.  [default: 7.5, and 5 for XL but its inpainting]",
+)
 @click.option(
     "--guidance-rescale", type=float, default=0.0, help="For zero-terminal-SNR models, such as 0.7."
 )
@@ -75,7 +79,9 @@ def interval(text: str) -> tuple[float, float]:
     help="Whose random numbers the seed means: torch's on a CPU or on an NVIDIA GPU, here or there.  [default: cpu]",
 )
 @click.option(
-    "--scheduler", help=f"Sampler: {', '.join(SAMPLERS)}; or a diffusers class.  [default: the model's]"
+    "--scheduler",
+    help=f"Sampler: {', '.join(SAMPLERS)}, also with -karras or -exponential; "
+    "or its name in diffusers, A1111 or ComfyUI.  [default: the model's]",
 )
 @click.option("--spacing", type=click.Choice(SPACINGS), help="Of the timesteps.  [default: the model's]")
 @click.option("--image", type=click.Path(path_type=Path), help="Picture to change, for an inpainting model.")
@@ -102,7 +108,7 @@ def command(
     prompts: tuple[str, ...],
     negative_prompt: str | None,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     guidance_rescale: float,
     guidance_interval: tuple[float, float],
     step_cache: int,
@@ -133,6 +139,8 @@ def command(
     count = check_count(num_images_per_prompt, len(prompts)) * len(prompts)
     seeds = check_seeds(seed, count)
     pipe = Pipeline.from_bundle(bundle, backend=backend, threads=threads)
+    if guidance_scale is None:
+        guidance_scale = pipe.bundle.manifest.model.default_guidance_scale
     sampler = Scheduler.from_config(pipe.bundle.manifest.model.scheduler, scheduler, spacing=spacing)
     asked = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     calls = pipe.unet_calls(sampler.schedule(steps), count, height, width)

@@ -20,7 +20,7 @@ from rt.errors import NumericsError
 from rt.model import Component
 from rt.plan import PlannedStep, StepProgram, plan
 from rt.samplers import Schedule
-from rt.samplers.packed import pack
+from rt.samplers.packed import COLUMNS, pack, set_apart
 from rt.session import OnStep, Row, all_guided
 from rt.time_table import TimeTable
 from rt.trajectory import broken
@@ -148,6 +148,7 @@ class Run:
 
     def replace(self, progress: RowProgress, values: Float32) -> None:
         """Put other latents in the place of a row's, and of what the network is to see next; waits."""
+        self._set_apart(progress)
         self._wait()
         np.copyto(self._staged(progress.row), values)
         self._send_latents(progress.row, progress.position)
@@ -155,6 +156,15 @@ class Run:
             seen = values * progress.schedule.c_in[progress.position]
             self._buffers.step(progress.program).write_latents(progress.row, seen)
         self._wait()
+
+    def _set_apart(self, progress: RowProgress) -> None:
+        """Keep a row's own x where the network is to see another, and send the row of the table that reads it."""
+        buffers, row, position = self._buffers, progress.row, progress.position
+        table = buffers.table.host[row]
+        if set_apart(progress.schedule, table[:, COLUMNS.weights :], position):
+            device, stream = self._place.device, self._place.stream
+            device.copy(buffers.x(row, position + 1), buffers.x(row, position), stream)
+            device.upload(buffers.table.array[row][position], table[position], stream)
 
     def _wait(self) -> None:
         device = self._place.device

@@ -21,7 +21,8 @@ network twice a step has two rows a step; one that adds noise has n.
 Each sampler is one file here: its options, and a function that fills the table in the symbols of its paper.
 """
 
-from rt.samplers.scheduler import SAMPLERS, Scheduler
+from rt.samplers.names import SAMPLERS
+from rt.samplers.scheduler import Scheduler
 from rt.samplers.shortcuts import shorten
 from rt.samplers.spacing import SPACINGS
 from rt.samplers.table import Schedule

@@ -23,6 +23,8 @@ class LevelSampler(Sampler):
     terminal_alpha_cumprod: ClassVar[float] = 2.0**-24
     repeats_last: ClassVar[bool] = False
     """Whether a Karras or exponential run that stops short of zero ends by repeating its last level."""
+    karras_takes_range: ClassVar[bool] = True
+    """Whether `sigma_min` and `sigma_max` are the ends of a Karras run, too, and not only of an exponential one."""
 
     def levels(self, steps: int, listed: Sequence[int] | None) -> tuple[Floats, Floats]:
         """Timesteps (N,) and noise levels (N + 1,), the last one where the run ends."""
@@ -30,14 +32,15 @@ class LevelSampler(Sampler):
         timesteps = self._start(steps, noise) if listed is None else np.array(listed, np.float64)
         sigmas = noise.sigma_at(timesteps)
         final = 0.0 if self.final_sigmas_type == "zero" else float(noise.sigmas[0])
-        if self.use_karras_sigmas or self.use_exponential_sigmas or self.use_lu_lambdas:
+        if self.level_spacing is not None:
             lowest, highest = self._range(noise, sigmas)
-            space = spacing.karras if self.use_karras_sigmas else spacing.exponential
-            sigmas = space(
-                lowest if self.sigma_min is None else self.sigma_min,
-                highest if self.sigma_max is None else self.sigma_max,
-                steps,
-            )
+            if self.level_spacing == "exponential" or (
+                self.level_spacing == "karras" and self.karras_takes_range
+            ):
+                lowest = lowest if self.sigma_min is None else self.sigma_min
+                highest = highest if self.sigma_max is None else self.sigma_max
+            space = spacing.karras if self.level_spacing == "karras" else spacing.exponential
+            sigmas = space(lowest, highest, steps)
             timesteps = self._told(noise.timestep_of(sigmas))
             if self.repeats_last and self.final_sigmas_type != "zero":
                 final = sigmas[-1]
@@ -94,13 +97,13 @@ class LambdaSampler(LevelSampler):
         return np.round(self.spaced(steps, clipped=clipped, drop_last=True))
 
     def _range(self, noise: NoiseSchedule, sigmas: Floats) -> tuple[float, float]:
-        if self.use_lu_lambdas:
+        if self.level_spacing == "lu":
             lowest, highest = np.exp(noise.log_sigmas[[0, -1]].astype(np.float64))
             return float(lowest), float(highest)
         return float(noise.sigmas[0]), float(noise.sigmas[-1])
 
     def _told(self, timesteps: Floats) -> Floats:
-        return np.trunc(timesteps) if self.use_exponential_sigmas else np.round(timesteps)
+        return np.trunc(timesteps) if self.level_spacing == "exponential" else np.round(timesteps)
 
 
 def alpha_sigma_lambda(levels: Floats) -> tuple[Floats, Floats, Floats]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,9 +22,13 @@ ORDER = 4
 class LMS(SigmaSampler):
     """Options of diffusers' LMSDiscreteScheduler, at its order of 4."""
 
+    karras_takes_range: ClassVar[bool] = False
+
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = choice(False)
+    sigma_min: float | None = None
+    sigma_max: float | None = None
     timestep_spacing: str = choice("linspace", "leading", "trailing")
     steps_offset: int = 0
 

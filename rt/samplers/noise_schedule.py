@@ -83,14 +83,18 @@ class NoiseSchedule:
         return np.interp(timesteps, np.arange(len(self.sigmas)), self.sigmas)
 
     def timestep_of(self, sigmas: Floats) -> Floats:
-        """The fractional timestep of a noise level: linear in log σ, held at both ends."""
+        """The fractional timesteps (N,) of noise levels (N,): linear in log σ, held at both ends."""
         # The differences stay in the precision that diffusers takes them in, because some of its classes
         # truncate the result, where 998.9999999 and 999 are a timestep apart.
         log_sigma = np.log(sigmas)
-        low = np.clip(np.searchsorted(self.log_sigmas, log_sigma, side="right") - 1, 0, len(self.sigmas) - 2)
+        # The last one that is not above: with zero terminal SNR the levels before the last may be above it.
+        reached = self.log_sigmas <= log_sigma[:, None]
+        last = len(self.sigmas) - 1 - reached[:, ::-1].argmax(axis=1)
+        low = np.where(reached.any(axis=1), np.minimum(last, len(self.sigmas) - 2), 0)
         below, above = self.log_sigmas[low], self.log_sigmas[low + 1]
         w = np.clip((below - log_sigma) / (below - above), 0, 1)
-        return (1 - w) * low + w * (low + 1)
+        timesteps: Floats = (1 - w) * low + w * (low + 1)
+        return timesteps
 
 
 def _linspace(start: float, end: float, n: int) -> Floats32:

@@ -71,6 +71,26 @@ def ring_weights(schedule: Schedule) -> Floats32:
     return weights
 
 
+def set_apart(schedule: Schedule, weights: Floats32, position: int) -> bool:
+    """Before a caller writes over x_i: let an `unsteered` row i read its own from the place of x_{i+1}.
+
+    Nothing else that row i reads is there, and it is overwritten when the row is done.
+
+    Args:
+        schedule: N steps.
+        weights: (N, RING_X + RING_H or more) as `ring_weights` gives them, changed in place.
+        position: i.
+
+    Returns:
+        Whether x_i is to be copied there: not in other rows, not where it has no weight, not a second time.
+    """
+    here, spare = position % RING_X, (position + 1) % RING_X
+    if position == len(schedule) or not schedule.unsteered[position] or weights[position, here] == 0:
+        return False
+    weights[position, spare], weights[position, here] = weights[position, here], 0
+    return True
+
+
 def pack_row(schedule: Schedule, *, guidance_scale: float = 1.0, guidance_rescale: float = 0.0) -> Floats32:
     """The table of one row (N, COLUMNS.count).
 

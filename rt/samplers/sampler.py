@@ -113,10 +113,10 @@ class Sampler(ABC):
                     f"beta_start, beta_end or trained_betas has {shown(beta)}; expected numbers from 0 to below 1. "
                     "Correct scheduler_config.json."
                 )
-        if self.use_karras_sigmas + self.use_exponential_sigmas + self.use_lu_lambdas > 1:
+        if self.use_karras_sigmas and self.use_exponential_sigmas:
             raise ConfigError(
-                "more than one of use_karras_sigmas, use_exponential_sigmas and use_lu_lambdas is true; "
-                "expected at most one. Set the others to false in scheduler_config.json."
+                "more than one of use_karras_sigmas and use_exponential_sigmas is true; expected at most one. "
+                "Set the other to false in scheduler_config.json."
             )
 
     def _check(self, option: Field[Any], value: Any) -> None:
@@ -133,6 +133,15 @@ class Sampler(ABC):
             raise ConfigError(
                 f"{type(self).__name__}: {option.name} got {shown(value)}; expected {expected}. {advice}."
             )
+
+    @property
+    def level_spacing(self) -> str | None:
+        """How noise levels are spaced, or None for a run that is spaced in timesteps."""
+        if self.use_karras_sigmas:
+            return "karras"
+        if self.use_lu_lambdas:
+            return "lu"
+        return "exponential" if self.use_exponential_sigmas else None
 
     @property
     def noise(self) -> NoiseSchedule:

@@ -10,90 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from rt.errors import ConfigError, nearest, shown
+from rt.errors import ConfigError, shown
 from rt.samplers.ddim import DDIM
-from rt.samplers.ddpm import DDPM
-from rt.samplers.deis import DEIS
-from rt.samplers.dpm2 import DPM2, DPM2Ancestral
-from rt.samplers.dpm_solver import DPMSolverMultistep, DPMSolverSinglestep
-from rt.samplers.euler import Euler, EulerAncestral
-from rt.samplers.heun import Heun
-from rt.samplers.lcm import LCM
-from rt.samplers.lms import LMS
-from rt.samplers.pndm import PNDM
+from rt.samplers.names import CLASSES, SAMPLERS, SLUGS, resolve, spaced
 from rt.samplers.sampler import Sampler
-from rt.samplers.spacing import AYS_SPACINGS, TIMESTEP_SPACINGS, align_your_steps
+from rt.samplers.spacing import AYS_SPACINGS, align_your_steps
 from rt.samplers.table import Schedule
 from rt.samplers.tcd import TCD
-from rt.samplers.unipc import UniPC
-
-
-@dataclass(frozen=True)
-class _Slug:
-    """A name of ours: the sampler, what the name itself says of its options, and the A1111 web UI's label."""
-
-    sampler: type[Sampler]
-    label: str
-    about: str
-    options: Mapping[str, Any]
-
-
-def _slug(sampler: type[Sampler], label: str, about: str, **options: Any) -> _Slug:
-    return _Slug(sampler, label, about, options)
-
-
-_PP, _SDE = "dpmsolver++", "sde-dpmsolver++"
-_SLUGS = {
-    "ddim": _slug(DDIM, "DDIM", "first order, no noise (eta 0) to DDPM's (eta 1)"),
-    "ddpm": _slug(DDPM, "DDPM", "ancestral sampling; wants hundreds of steps"),
-    "pndm": _slug(
-        PNDM, "PLMS", "linear multistep of order 4; one evaluation more than steps", skip_prk_steps=True
-    ),
-    "lms": _slug(LMS, "LMS", "linear multistep of order 4 over noise levels"),
-    "euler": _slug(Euler, "Euler", "first order over noise levels"),
-    "euler-a": _slug(EulerAncestral, "Euler a", "Euler with fresh noise each step"),
-    "heun": _slug(Heun, "Heun", "second order; two evaluations a step"),
-    "dpm2": _slug(DPM2, "DPM2", "second order through a midpoint; two evaluations a step"),
-    "dpm2-a": _slug(DPM2Ancestral, "DPM2 a", "DPM2 with fresh noise each step"),
-    "dpmpp-2m": _slug(
-        DPMSolverMultistep,
-        "DPM++ 2M",
-        "second order multistep; 20 steps do",
-        algorithm_type=_PP,
-        solver_order=2,
-    ),
-    "dpmpp-2m-sde": _slug(
-        DPMSolverMultistep, "DPM++ 2M SDE", "DPM++ 2M with fresh noise", algorithm_type=_SDE, solver_order=2
-    ),
-    "dpmpp-2s": _slug(
-        DPMSolverSinglestep, "DPM++ 2S", "second order singlestep", algorithm_type=_PP, solver_order=2
-    ),
-    "deis": _slug(DEIS, "DEIS", "exponential multistep over log noise levels"),
-    "unipc": _slug(UniPC, "UniPC", "multistep predictor and corrector; 10 to 20 steps do"),
-    "lcm": _slug(LCM, "LCM", "for consistency models; 2 to 8 steps"),
-    "tcd": _slug(TCD, "TCD", "for trajectory consistency models; 2 to 8 steps, noise by eta"),
-}
-SAMPLERS: Mapping[str, str] = {slug: entry.about for slug, entry in _SLUGS.items()}
-"""Every sampler: slug to one line. Those over noise levels also take the suffix -karras or -exponential."""
-
-_CLASSES: Mapping[str, type[Sampler]] = {
-    "DDIMScheduler": DDIM,
-    "DDPMScheduler": DDPM,
-    "PNDMScheduler": PNDM,
-    "LMSDiscreteScheduler": LMS,
-    "EulerDiscreteScheduler": Euler,
-    "EulerAncestralDiscreteScheduler": EulerAncestral,
-    "HeunDiscreteScheduler": Heun,
-    "KDPM2DiscreteScheduler": DPM2,
-    "KDPM2AncestralDiscreteScheduler": DPM2Ancestral,
-    "DPMSolverMultistepScheduler": DPMSolverMultistep,
-    "DPMSolverSinglestepScheduler": DPMSolverSinglestep,
-    "DEISMultistepScheduler": DEIS,
-    "UniPCMultistepScheduler": UniPC,
-    "LCMScheduler": LCM,
-    "TCDScheduler": TCD,
-}
-_SUFFIXES = {"-karras": "karras", "-exponential": "exponential"}
 
 
 @dataclass(frozen=True)
@@ -122,8 +45,8 @@ class Scheduler:
 
         Args:
             config: the contents of diffusers' scheduler_config.json, or `pipe.scheduler.config`.
-            name: a slug of `SAMPLERS` with or without suffix, a class of diffusers, or a label of the A1111
-                web UI, in any case; by default the `_class_name` of `config`.
+            name: a slug of `SAMPLERS` with or without suffix, a class of diffusers, or what the A1111 web UI or
+                ComfyUI call it, see `rt.samplers.names`; by default the `_class_name` of `config`.
             spacing: one of `SPACINGS`, in place of all that `config` and `name` say about it.
 
         Raises:
@@ -148,25 +71,32 @@ class Scheduler:
             # A checkpoint that says nothing of clipping was not made to be clipped, whatever the other class's
             # default is: latents go far beyond 1.
             config = {"clip_sample": False, **config}
-        sampler, options = _resolve(asked)
-        if spacing is not None:
-            options = options | _spaced(sampler, spacing)
-        return cls(sampler.from_config({**config, **options}), spacing if spacing in AYS_SPACINGS else None)
+        named, said = resolve(asked)
+        spacing = said if spacing is None else spacing
+        options = {**named.options, **({} if spacing is None else spaced(named.sampler, spacing))}
+        return cls(
+            named.sampler.from_config({**config, **options}), spacing if spacing in AYS_SPACINGS else None
+        )
 
     @property
     def name(self) -> str:
         """Our slug with its suffix, or the class of diffusers where no slug says what its options do."""
         slug = self._slug()
-        return slug + self._suffix() if slug else _class_name(self.sampler)
+        return slug + self._suffix() if slug else self.class_name
 
     @property
     def label(self) -> str:
         """The label of the A1111 web UI, for the metadata of an image, such as `DPM++ 2M Karras`."""
         slug = self._slug()
-        base = _SLUGS[slug].label if slug else _class_name(self.sampler)
+        base = SLUGS[slug].label if slug else self.class_name
         return base + (
             " Align Your Steps" if self.align_your_steps else self._suffix().replace("-", " ").title()
         )
+
+    @property
+    def class_name(self) -> str:
+        """The class of diffusers; none has DPM++ 2S a."""
+        return next(name for name, kind in CLASSES.items() if kind is type(self.sampler))
 
     def schedule(
         self, num_inference_steps: int, *, timesteps: Sequence[int] | None = None, eta: float | None = None
@@ -176,7 +106,8 @@ class Scheduler:
         Args:
             num_inference_steps: steps; some samplers have two rows a step.
             timesteps: the timesteps themselves, falling, where the class of diffusers takes them.
-            eta: of DDIM (0 by default) and TCD (0.3), from 0 to 1. As in diffusers, 0 says nothing to the others.
+            eta: of DDIM and TCD, from 0 to 1; their own when left out, which is 0 of DDIM and 0.3 of TCD. 0 says
+                nothing to the others. `Pipeline` always says it, as pipelines of diffusers do, and by default 0.
 
         Raises:
             ConfigError: a number of steps, timesteps or eta that the sampler cannot run.
@@ -200,16 +131,15 @@ class Scheduler:
             return sampler.schedule(int(num_inference_steps), timesteps)
 
     def _slug(self) -> str | None:
-        for slug, entry in _SLUGS.items():
+        for slug, entry in SLUGS.items():
             says = entry.options.items()
             if type(self.sampler) is entry.sampler and all(getattr(self.sampler, k) == v for k, v in says):
                 return slug
         return None
 
     def _suffix(self) -> str:
-        if self.sampler.use_karras_sigmas:
-            return "-karras"
-        return "-exponential" if self.sampler.use_exponential_sigmas else ""
+        spacing = self.sampler.level_spacing
+        return f"-{spacing}" if spacing in ("karras", "exponential") else ""
 
     def _with_eta(self, eta: float) -> Sampler:
         if not isinstance(eta, Real) or isinstance(eta, bool):
@@ -227,9 +157,9 @@ class Scheduler:
         if not sampler.takes_timesteps:
             raise ConfigError(
                 f"{self.name}: got timesteps, which it cannot take; expected a sampler that can: "
-                f"{', '.join(slug for slug, entry in _SLUGS.items() if entry.sampler.takes_timesteps)}."
+                f"{', '.join(slug for slug, entry in SLUGS.items() if entry.sampler.takes_timesteps)}."
             )
-        if sampler.use_karras_sigmas or sampler.use_exponential_sigmas or sampler.use_lu_lambdas:
+        if sampler.level_spacing is not None:
             raise ConfigError(
                 f"{self.name}: got timesteps, but its noise levels are spaced already; expected one of the "
                 "two. Give spacing='linspace' with the timesteps."
@@ -253,53 +183,3 @@ class Scheduler:
                 f"whole numbers from at most {total - 1} to at least 0."
             )
         return [int(step) for step in given]
-
-
-def _resolve(name: str) -> tuple[type[Sampler], dict[str, Any]]:
-    """The sampler of a name, and the options that the name itself says."""
-    for class_name, sampler in _CLASSES.items():
-        if name.strip().lower() == class_name.lower():
-            return sampler, {}
-    slug = name.strip().lower().replace("++", "pp").replace(" ", "-").replace("_", "-")
-    spacing = next((kind for suffix, kind in _SUFFIXES.items() if slug.endswith(suffix)), None)
-    slug = slug.removesuffix(f"-{spacing}")
-    slug = "pndm" if slug == "plms" else slug
-    if slug not in _SLUGS:
-        raise ConfigError(
-            f"unknown sampler {name!r}{nearest(slug, SAMPLERS)}; expected one of {', '.join(SAMPLERS)} "
-            "(those over noise levels also with -karras or -exponential), or a diffusers class name."
-        )
-    entry = _SLUGS[slug]
-    options = dict(entry.options)
-    return entry.sampler, options | (_spaced(entry.sampler, spacing) if spacing else {})
-
-
-def _spaced(sampler: type[Sampler], spacing: str) -> dict[str, Any]:
-    """The options that put `spacing` in place of any other."""
-    has = {option.name for option in sampler.options()}
-    valid = [
-        *(TIMESTEP_SPACINGS if "timestep_spacing" in has else ()),
-        *(kind for kind in _SUFFIXES.values() if f"use_{kind}_sigmas" in has),
-        *(AYS_SPACINGS if sampler.takes_timesteps else ()),
-    ]
-    if spacing not in valid:
-        raise ConfigError(
-            f"spacing got {spacing!r}{nearest(spacing, valid)}; expected for {_name_of(sampler)}: "
-            f"{', '.join(valid) or 'none'}. Leave it out, or choose another sampler."
-        )
-    options: dict[str, Any] = dict.fromkeys(
-        ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"), False
-    )
-    if spacing in TIMESTEP_SPACINGS:
-        options["timestep_spacing"] = spacing
-    elif spacing not in AYS_SPACINGS:
-        options[f"use_{spacing}_sigmas"] = True
-    return options
-
-
-def _name_of(sampler: type[Sampler]) -> str:
-    return next(slug for slug, entry in _SLUGS.items() if entry.sampler is sampler)
-
-
-def _class_name(sampler: Sampler) -> str:
-    return next(name for name, kind in _CLASSES.items() if kind is type(sampler))

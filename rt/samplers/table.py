@@ -29,6 +29,9 @@ class Schedule:
 
     starting from x_0 = init_noise_sigma · (unit noise). The result is x_N. Coefficients of x and h from
     before the first row are 0. All coefficients are float32; arrays are read-only, and first indexed by row.
+
+    A caller may put another sample in the place of x_i before row i. It is what the network sees and h_i is made
+    of, and, but in `unsteered` rows, what the row goes on from.
     """
 
     timesteps: Floats32
@@ -46,6 +49,8 @@ class Schedule:
     n: Floats32
     """(N,) a row draws fresh noise exactly if its entry is not 0."""
     init_noise_sigma: float
+    unsteered: NDArray[np.bool_] = field(default_factory=lambda: np.array(False))
+    """(N,) where a[i,0] stands before the x_i that the row before has left, whatever a caller made of it."""
     guided: NDArray[np.bool_] = field(default_factory=lambda: np.array(True))
     """(N,) where guidance acts, in a run that has any; all rows unless `shorten` says otherwise."""
     full: NDArray[np.bool_] = field(default_factory=lambda: np.array(True))
@@ -53,7 +58,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in (each.name for each in fields(self) if each.name != "init_noise_sigma"):
-            if name in ("guided", "full"):
+            if name in ("unsteered", "guided", "full"):
                 column: NDArray[Any] = np.full(len(self.timesteps), getattr(self, name), np.bool_)
             else:
                 column = np.array(getattr(self, name), np.float32)
@@ -87,6 +92,7 @@ class Table:
         self.a: Floats = np.zeros((rows, SAMPLES))
         self.b: Floats = np.zeros((rows, HISTORY))
         self.n: Floats = np.zeros(rows)
+        self.unsteered: NDArray[np.bool_] = np.zeros(rows, np.bool_)
 
     def schedule(self, timesteps: Floats, init_noise_sigma: float = 1.0) -> Schedule:
         """Round once to float32.
@@ -100,9 +106,11 @@ class Table:
             raise ConfigError(
                 f"the step at timestep {timesteps[broken[0]]:g} has no finite coefficients with these "
                 "options; expected a signal-to-noise ratio above 0 there, or prediction_type='v_prediction'. "
-                "Use timestep spacing 'leading', or lower_order_final=true, or another sampler."
+                "Use fewer steps, or timestep spacing 'leading', or lower_order_final=true, or another sampler."
             )
         c_in, p, q, a, b, n = (
             column.astype(np.float32) for column in (self.c_in, self.p, self.q, self.a, self.b, self.n)
         )
-        return Schedule(timesteps.astype(np.float32), c_in, p, q, a, b, n, float(init_noise_sigma))
+        return Schedule(
+            timesteps.astype(np.float32), c_in, p, q, a, b, n, float(init_noise_sigma), self.unsteered
+        )

@@ -78,7 +78,8 @@ def unipc(
 
         x^c_t − x_t = α_t · B · (Σ (ρ^p_k − ρ^c_k) · D_k − ρ^c · (h_t − h_s)),
 
-    and the next row has x_t plus this sum where P has x^c_s. Order 3 reads h_t … h_{t−3}: all of a row.
+    and the next row has x_t plus this sum where P has x^c_s. Order 3 reads h_t … h_{t−3}. That x_t is the
+    predictor's own, `unsteered`: C starts from x^c_s, and of a change to x_t it knows what it does to h_t.
     """
     alpha, sigma, lam = alpha_sigma_lambda(levels)
     h = np.eye(HISTORY)
@@ -105,6 +106,7 @@ def unipc(
             rho = _weights(r, -step, B)
             change = rho[:-1] @ D @ one_row_later + rho[-1] * (h[0] - h[1])
             correction = -alpha[i + 1] * B * change - predicted @ one_row_later
+            table.unsteered[i + 1] = True
     return table
 
 
@@ -119,4 +121,7 @@ def _weights(r: Floats, hh: float, B: float) -> Floats:
     for n in range(1, len(r) + 1):
         phi = (phi - 1) if n == 1 else phi / hh - 1 / math.factorial(n)
         right.append(math.factorial(n) * phi / B)
-    return np.linalg.solve(np.vander(r, increasing=True).T, np.array(right))
+    try:
+        return np.linalg.solve(np.vander(r, increasing=True).T, np.array(right))
+    except np.linalg.LinAlgError:  # two outputs at one level; `Table` refuses what is not finite
+        return np.full(len(r), np.nan)

@@ -20,7 +20,7 @@ from rt.kernels import launch, registry
 from rt.kernels.spec import Case
 from rt.noise import Generator
 from rt.samplers import Schedule, Scheduler, shorten
-from rt.samplers.packed import COLUMNS, RING_H, RING_X, pack
+from rt.samplers.packed import COLUMNS, RING_H, RING_X, pack, set_apart
 from rt.trajectory import Trajectory
 
 CONFIG = {
@@ -42,8 +42,11 @@ ROWS = (
     ("heun", 3, 7.5, 0.0),
     ("unipc", 5, 4.0, 0.0),
     ("lcm", 1, 1.5, 0.0),
+    ("dpmpp-sde", 3, 3.0, 0.0),
 )
 """Sampler, steps, guidance and rescale of each row."""
+STEERED = ("heun", "unipc", "dpmpp-sde")
+"""Those whose latents the host changes after every step."""
 SHAPE = (1, 15, 20)
 ELEMENTS = 300  # more than a block has, and no multiple
 
@@ -189,6 +192,8 @@ class Rows:
                 self.note(row, gap(loop.numpy("state")[row, place], trajectory.latents))
                 if loop.numpy("upcoming")[row] != trajectory.position:
                     self.faults.append(f"row {row} at {loop.numpy('upcoming')[row]}")
+                if ROWS[row][0] in STEERED and not trajectory.done:
+                    self.steer(row)
             elif any(
                 loop.numpy(name)[row].tobytes() != before[name][row].tobytes()
                 for name in ("latents", "state", "upcoming")
@@ -196,6 +201,18 @@ class Rows:
                 self.faults.append(f"row {row} moved")
         if loop.numpy("broken").any():  # although rows that have not joined are full of NaN
             self.faults.append("broken")
+
+    def steer(self, row: int) -> None:
+        """Put another sample in the place of a row's, on both, as a callback does."""
+        trajectory, schedule, tensors = self.trajectories[row], self.schedules[row], self.loop.tensors
+        position, state, table = trajectory.position, tensors["state"][row], self.packed.table[row].copy()
+        if set_apart(schedule, table[:, COLUMNS.weights :], position):
+            state[(position + 1) % RING_X] = state[position % RING_X]
+            tensors["table"][row] = torch.from_numpy(table)
+        new = self.random.standard_normal(SHAPE).astype(np.float32) * (1 + np.abs(trajectory.latents).max())
+        trajectory.latents = new
+        state[position % RING_X] = torch.from_numpy(new.reshape(-1))
+        tensors["latents"][row] = state[position % RING_X] * schedule.c_in[position]
 
     def note(self, row: int, difference: float) -> None:
         """Keep the largest."""

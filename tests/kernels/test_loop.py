@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-SAMPLERS = ("dpmpp-2m", "euler-a", "ddim", "lms", "deis", "pndm", "heun", "unipc", "lcm")
+SAMPLERS = ("dpmpp-2m", "euler-a", "ddim", "lms", "deis", "pndm", "heun", "unipc", "lcm", "dpmpp-sde")
 # Of the sample's largest value. Measured in the interpreter: at most 2.3e-7.
 TOLERANCE = 2e-6
 

@@ -281,6 +281,26 @@ def test_a_callback_steers(session, rng):
     assert_same(session.denoise(rows(), steer), host(rows(), on_step=steer))
 
 
+@pytest.mark.parametrize("name", ["unipc", "dpmpp-sde", "heun"])
+def test_a_callback_steers_what_a_sampler_lets_it(session, rng, name):
+    """Some go on from their own sample. Steered twice a step, beside a row that is not, and then not at all."""
+    makes = recipes(rng, guided=True)[:2]
+    rows = lambda: [replace(make(), schedule=schedule_of(name, 8)) for make in makes]  # noqa: E731
+    new = rng.standard_normal((16, *SHAPE), dtype=np.float32)
+
+    def steer(step: int, trajectories: Sequence[Any]) -> bool:
+        trajectories[1].latents = new[-1 - step]
+        trajectories[1].latents = 0.5 * trajectories[1].latents + new[step]
+        return True
+
+    steered = [latents.copy() for latents in host(rows(), on_step=steer)]
+    assert_same(session.denoise(rows(), steer), steered)
+    untouched = host(rows())
+    assert_same(session.denoise(rows()), untouched)
+    np.testing.assert_array_equal(untouched[0], steered[0])
+    assert not np.allclose(untouched[1], steered[1], atol=1e-2)
+
+
 def test_nan_is_found_at_the_end_with_its_first_step(engines, session, rng):
     makes = [
         lambda m=m: replace(m(), schedule=schedule_of("euler", 12)) for m in recipes(rng, guided=True)[:3]

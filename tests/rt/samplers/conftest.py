@@ -14,6 +14,8 @@ import copy
 import functools
 import importlib
 import json
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,11 +72,40 @@ class _TorchIn64:
         return getattr(torch, name)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _scheduler(class_name: str, config: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(diffusers, class_name).from_config(json.loads(config))
+    kind = _class(class_name)
+    lay_out = kind.set_timesteps
+    # Some constructors lay out all training timesteps, which is slow, and nothing that a run keeps.
+    with _patched(kind, set_timesteps=lambda self, _, *more: lay_out(self, 1, *more)):
+        return kind.from_config(json.loads(config))
+
+
+def _class(name: str) -> Any:
+    if name != "DPMSolverSDEScheduler":
+        return getattr(diffusers, name)
+    # Its module wants torchsde, for a noise that it is not given here.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+        return importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
+
+
+class _Brownian:
+    """A path W in place of torchsde's: on from level to level by the noises of the rows, each of unit variance."""
+
+    def __init__(self, noise: Callable[[], torch.Tensor]) -> None:
+        self._noise = noise
+        self._start, self._lengths, self._draws = None, [], []
+
+    def __call__(self, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+        """(W(start) − W(stop))/√(start − stop), where calls repeat their start or begin at the last stop."""
+        start, stop = float(start), float(stop)
+        if self._start is None or not np.isclose(start, self._start, rtol=1e-6):
+            self._start, self._lengths, self._draws = start, [], []
+        self._lengths.append(start - stop - sum(self._lengths))
+        self._draws.append(self._noise())
+        steps = zip(self._lengths, self._draws, strict=True)
+        return sum(length**0.5 * draw for length, draw in steps) / (start - stop) ** 0.5
 
 
 @contextmanager
@@ -86,17 +117,34 @@ def _patched(module: Any, **attributes: Any) -> Iterator[None]:
         yield
 
 
-def probe_diffusers(
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""The first sample, and outputs and noises of all rows."""
+
+
+def run_diffusers(
     class_name: str,
     config: Mapping[str, Any],
     steps: int,
+    inputs: Callable[[int], Inputs],
     *,
     promote: bool = True,
     timesteps: list[int] | None = None,
+    alphas_cumprod: NDArray[np.float32] | None = None,
+    changes: Mapping[int, Callable[[Any], Any]] | None = None,
     **step: Any,
 ) -> Probe:
-    """Probe the scheduler of diffusers that `class_name` and `config` say."""
+    """Run the scheduler of diffusers that `class_name` and `config` say, on the `inputs` for a number of rows.
+
+    `changes` say what a caller makes of the sample after a row; `alphas_cumprod` take the place of its own.
+    """
     scheduler = copy.deepcopy(_scheduler(class_name, json.dumps(config)))
+    if alphas_cumprod is not None:
+        # An ulp of torch's float32 square root is magnified the more, the less noise there was to rescale.
+        if not np.allclose(scheduler.alphas_cumprod.numpy(), alphas_cumprod, rtol=0, atol=1e-4):
+            pytest.fail(f"another noise schedule: {alphas_cumprod}, not {scheduler.alphas_cumprod}")
+        scheduler.alphas_cumprod = torch.from_numpy(alphas_cumprod.copy())
+        if getattr(scheduler, "final_alpha_cumprod", 1) != 1:
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     module = importlib.import_module(type(scheduler).__module__)
     replaced = {"torch": _TorchIn64()} if promote else {}
     with _patched(module, **replaced):
@@ -104,8 +152,7 @@ def probe_diffusers(
             **({"num_inference_steps": steps} if timesteps is None else {"timesteps": timesteps})
         )
     init_noise_sigma = float(scheduler.init_noise_sigma)
-    n = len(scheduler.timesteps)
-    basis = torch.eye(1 + 2 * n, dtype=torch.float64)
+    x, outputs, noises = inputs(len(scheduler.timesteps))
     if promote:
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
         if hasattr(scheduler, "final_alpha_cumprod"):
@@ -113,21 +160,35 @@ def probe_diffusers(
     if class_name == "LMSDiscreteScheduler":  # its quadrature is slow on tensors
         scheduler.sigmas = [float(sigma) for sigma in scheduler.sigmas]
 
-    x, c_in, samples, drawn, row = basis[:1], [], [basis[0].numpy()], set(), 0
+    c_in, samples, drawn, row = [], [x[0].double().numpy()], set(), 0
 
     def noise(*_: Any, **__: Any) -> torch.Tensor:
-        assert row not in drawn, "two draws in one row"
+        if row in drawn:
+            pytest.fail("two draws in one row")
         drawn.add(row)
-        return basis[1 + n + row : 2 + n + row]
+        return noises[row : row + 1]
 
+    scheduler.noise_sampler = _Brownian(noise)
     with _patched(module, randn_tensor=noise, **replaced):
         for row, t in enumerate(scheduler.timesteps):
             c_in.append(float(scheduler.scale_model_input(torch.ones(1, 1, dtype=torch.float64), t)))
-            x = scheduler.step(basis[1 + row : 2 + row], t, x, return_dict=False, **step)[0]
+            x = scheduler.step(outputs[row : row + 1], t, x, return_dict=False, **step)[0]
+            if changes is not None and row in changes:
+                x = changes[row](x)
             samples.append(x[0].double().numpy())
     return Probe(
         scheduler.timesteps.double().numpy(), np.array(c_in), init_noise_sigma, drawn, np.array(samples)
     )
+
+
+def probe_diffusers(class_name: str, config: Mapping[str, Any], steps: int, **options: Any) -> Probe:
+    """Probe the scheduler of diffusers that `class_name` and `config` say; the rest is that of `run_diffusers`."""
+
+    def basis(n: int) -> Inputs:
+        vectors = torch.eye(1 + 2 * n, dtype=torch.float64)
+        return vectors[:1], vectors[1 : 1 + n], vectors[1 + n :]
+
+    return run_diffusers(class_name, config, steps, basis, **options)
 
 
 def run_table(
@@ -172,6 +233,12 @@ def base_config() -> dict[str, Any]:
 def diffusers_probe() -> Callable[..., Probe]:
     """`(class_name, config, steps, **step_arguments)` → Probe."""
     return probe_diffusers
+
+
+@pytest.fixture
+def diffusers_run() -> Callable[..., Probe]:
+    """`(class_name, config, steps, inputs, **options)` → Probe, see `run_diffusers`."""
+    return run_diffusers
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_schedule_is_read_only(base_config: dict[str, Any]) -> None:
     for field in dataclasses.fields(schedule):
         column = getattr(schedule, field.name)
         if field.name != "init_noise_sigma":
-            assert column.dtype == (np.bool_ if field.name in ("guided", "full") else np.float32)
+            assert column.dtype == (np.bool_ if field.name in ("unsteered", "guided", "full") else np.float32)
             assert len(column) == len(schedule) == 7
             with pytest.raises(ValueError, match="read-only"):
                 column[0] = 1
@@ -147,7 +147,7 @@ def test_eta(base_config: dict[str, Any]) -> None:
     assert not tcd.schedule(4, eta=0.0).noisy.any()
 
 
-ROWS = {"pndm": 11, "heun": 19, "dpm2": 19, "dpm2-a": 19}
+ROWS = {"pndm": 11, **dict.fromkeys(("heun", "dpm2", "dpm2-a", "dpmpp-sde", "dpmpp-2s-a"), 19)}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -269,6 +269,21 @@ def test_number_of_steps(steps: Any, base_config: dict[str, Any]) -> None:
         Scheduler.from_config(base_config, "ddim").schedule(steps)
 
 
+@pytest.mark.parametrize("name", ["unipc", "dpmpp-2m", "deis"])
+def test_two_steps_at_one_level(name: str, base_config: dict[str, Any]) -> None:
+    """Where steps are as many as timesteps, rounding lets two of these samplers' fall on one."""
+    config = base_config | {"num_train_timesteps": 8}
+    for order in (2, 3):
+        scheduler = Scheduler.from_config(config, name)
+        scheduler = dataclasses.replace(
+            scheduler, sampler=dataclasses.replace(scheduler.sampler, solver_order=order)
+        )
+        with pytest.raises(
+            ConfigError, match=r"has no finite coefficients with these options; .* Use fewer steps"
+        ):
+            scheduler.schedule(8)
+
+
 def test_more_steps_than_the_distillation_had(base_config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="got 51 steps; expected at most original_inference_steps = 50"):
         Scheduler.from_config(base_config, "lcm").schedule(51)
@@ -297,6 +312,10 @@ def test_align_your_steps_limits(base_config: dict[str, Any]) -> None:
         ("euler", [500, 999], "expected each below the one before"),
         ("euler", [1000, 500], "from at most 999 to at least 0"),
         ("euler", [5, -1], "from at most 999 to at least 0"),
+        ("euler", ["a", "b"], r"timesteps got \['a', 'b'\]; expected a list of numbers"),
+        ("euler", "ab", "timesteps got 'ab'; expected a list of numbers"),
+        ("euler", 5, "timesteps got 5; expected a list of numbers"),
+        ("euler", [[1], [2]], "expected a list of numbers"),
     ],
 )
 def test_timesteps(name: str, timesteps: list[int], message: str, base_config: dict[str, Any]) -> None:
@@ -310,6 +329,9 @@ def test_timesteps(name: str, timesteps: list[int], message: str, base_config: d
         ("euler", 0.5, "euler: eta got 0.5; only ddim and tcd have it"),
         ("ddim", 1.5, "ddim: eta got 1.5; expected a number from 0 to 1"),
         ("tcd", float("nan"), "tcd: eta got nan"),
+        ("tcd", "0.5", "tcd: eta got '0.5'; expected a number from 0 to 1"),
+        ("euler", [0], r"euler: eta got \[0\]; expected a number from 0 to 1"),
+        ("ddim", 10**400, "ddim: eta got 1000"),
     ],
 )
 def test_bad_eta(name: str, eta: float, message: str, base_config: dict[str, Any]) -> None:
