@@ -226,8 +226,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "tiny": Architecture(
         Family.SD1,
-        unet((32, 64, 64, 64), 32, 16, 2),
-        vae((32, 32, 64, 64), 128),
+        unet((32, 64), 32, 16, 2, depths=(1, 0), layers_per_block=1),
+        vae((32, 32, 32, 64), 128, layers=1),
         (clip(32, 2, 4, act="quick_gelu", vocab=514),),
     ),
 }
