@@ -23,7 +23,7 @@ def test_a_formula_has_a_value(text: str, value: int) -> None:
     "text",
     [
         *("c", "a / 2", "a.real", "True", "1.5", "min(a, key=b)", "__import__('os')", "[a]", "a b", ""),
-        *("\0", "a // 0", "cdiv(1)", "(" * 10**5, "+".join("a" * 10**5), "(" * 200 + "a" + ")" * 200),
+        *("\0", "a // 0", "cdiv(1)", "(" * 10**5, "+".join("a" * 10**5)),
     ],
 )
 def test_anything_else_is_refused(text: str) -> None:
