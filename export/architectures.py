@@ -46,7 +46,7 @@ SCHEDULERS: Mapping[Family, Config] = {
     },
 }
 
-# What brings the latents of a family to unit variance.
+# What brings the latents of a family to unit variance; the first is diffusers' where a config is silent.
 SCALING_FACTORS: Mapping[Family, float] = {Family.SD1: 0.18215, Family.SD2: 0.18215, Family.SDXL: 0.13025}
 
 MODEL_INDEX: Mapping[Family, Config] = {
@@ -138,16 +138,24 @@ def unet(
 
 
 def vae(
-    channels: tuple[int, ...],
+    channels: Sequence[int],
     sample_size: int,
-    scaling_factor: float = 0.18215,
+    scaling_factor: float = SCALING_FACTORS[Family.SD1],
     layers: int = 2,
     latents: int = 4,
 ) -> Config:
     """An autoencoder of diffusers with `latents` channels between its halves."""
     return {
-        "_class_name": "AutoencoderKL",
+        **autoencoder(channels, layers, latents),
         "sample_size": sample_size,
+        "scaling_factor": scaling_factor,
+    }
+
+
+def autoencoder(channels: Sequence[int], layers: int, latents: int) -> Config:
+    """What shapes say of `vae`: neither its sample size nor its scale."""
+    return {
+        "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": latents,
@@ -155,7 +163,6 @@ def vae(
         "layers_per_block": layers,
         "down_block_types": ["DownEncoderBlock2D"] * len(channels),
         "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-        "scaling_factor": scaling_factor,
     }
 
 
@@ -221,7 +228,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         ),
-        vae(_SD_VAE, 1024, scaling_factor=0.13025),
+        vae(_SD_VAE, 1024, SCALING_FACTORS[Family.SDXL]),
         (_CLIP_L, clip(1280, 32, 20, act="gelu")),
     ),
     "tiny": Architecture(

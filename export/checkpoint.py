@@ -14,15 +14,14 @@ from typing import Any
 from torch import nn
 
 from rt.errors import ConfigError, nearest
-from rt.export.facts import FOLDERS, read_spec
+from rt.export.facts import FOLDERS, VAE, read_spec
 from rt.export.folder import open_folder
 from rt.export.hub import open_hub
 from rt.export.lora import Lora, open_lora
-from rt.export.names import ignored, is_surplus, summary
+from rt.export.names import ignored, is_surplus, say_surplus, summary
 from rt.export.single_file import open_single_file
 from rt.export.source import SYNTHETIC, Kind, Source
 from rt.export.synthetic import open_synthetic
-from rt.export.vae import FOLDER as VAE
 from rt.export.vae import open_vae, replace_vae
 from rt.export.weights import build_empty, check, fill
 from rt.model import Component, ModelSpec
@@ -68,7 +67,7 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raise `CheckpointError` unless the weights' headers fit the configs and each tokenizer opens."""
-        for component in self.components:
+        for component in {FOLDERS[component]: component for component in self.components}.values():
             headers, where = self.source.headers(component), self._where(component)
             module = build_empty(component, self._config(component), headers)
             check(module, headers, where)
@@ -146,10 +145,10 @@ def open_checkpoint(
     else:
         source = open_synthetic(model.removeprefix(SYNTHETIC))
     if replacement is not None:
-        source = replace_vae(source, replacement)
+        source = replace_vae(source, replacement, model)
 
     spec = read_spec(source.configs, model)
-    if prediction_type is not None:
+    if prediction_type is not None and kind is not Kind.SINGLE_FILE:  # which has it in its config
         spec = replace(spec, scheduler={**spec.scheduler, "prediction_type": prediction_type})
     checkpoint = Checkpoint(
         name=model,
@@ -173,8 +172,7 @@ def open_checkpoint(
 
 def _say_ignored(module: nn.Module, names: Iterable[str], where: str) -> None:
     more = ignored(module, names)
-    if surplus := [name for name in more if is_surplus(module, name)]:
-        logger.warning("%s: left out, since the config says fewer layers: %s", where, summary(surplus))
+    say_surplus(module, more, where)
     if rest := [name for name in more if not is_surplus(module, name)]:
         logger.info("%s: left out, since no %s has it: %s", where, type(module).__name__, summary(rest))
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from rt.decode import decode
 from rt.errors import CheckpointError, shown
+from rt.export.architectures import SCALING_FACTORS
 from rt.export.repairs import sample_size, scheduler_config
 from rt.export.weights import LARGEST, LONGEST
 from rt.model import Component, Family, ModelSpec
+
+VAE = "vae"
+OR_VAE = "; or name one with --vae"
 
 # The folder of each component in a diffusers checkpoint, and the class that it must be of.
 FOLDERS = {
     Component.TEXT_ENCODER: "text_encoder",
     Component.TEXT_ENCODER_2: "text_encoder_2",
     Component.UNET: "unet",
-    Component.VAE_ENCODER: "vae",
-    Component.VAE_DECODER: "vae",
+    Component.VAE_ENCODER: VAE,
+    Component.VAE_DECODER: VAE,
 }
 CLASSES = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
     "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
+    VAE: "AutoencoderKL",
 }
 
 _PIPELINES = {
@@ -40,8 +44,6 @@ _READS = "rt reads text-to-image and inpainting Stable Diffusion 1.x, 2.x and XL
 _LEVELS = 10
 _SIZES = 6
 """Of SDXL: height and width of the original, of the crop's corner and of the picture, each as an embedding."""
-_SCALING_FACTOR = 0.18215
-"""What diffusers' `AutoencoderKL` takes where its config is silent."""
 
 # Inputs of the U-Net that text-to-image has no value for, by the key of its config.
 _OTHER_CONDITIONING = {
@@ -54,8 +56,12 @@ _OTHER_CONDITIONING = {
 _OTHER_INPUTS = {5: "depth to image", 7: "upscaling", 8: "image editing"}
 
 
-def components(configs: Mapping[str, Mapping[str, Any]], where: str) -> tuple[Component, ...]:
+def components(
+    configs: Mapping[str, Mapping[str, Any]], where: str, elsewhere: Collection[str] = ()
+) -> tuple[Component, ...]:
     """Text encoders in order, U-Net and both halves of the VAE of the pipeline that `model_index.json` names.
+
+    What is in the folders in `elsewhere` does not matter.
 
     Raises:
         CheckpointError: The pipeline, or the class of one of its parts, is none that rt runs.
@@ -68,13 +74,16 @@ def components(configs: Mapping[str, Mapping[str, Any]], where: str) -> tuple[Co
         raise CheckpointError(
             f"{where} is an SDXL refiner, which only continues another model's images; {_READS}"
         )
-    folders = (*_PIPELINES[pipeline], "unet", "vae")
+    folders = (*_PIPELINES[pipeline], "unet", VAE)
     for folder in folders:
+        if folder in elsewhere:
+            continue
         own = configs.get(folder, {}).get("_class_name", CLASSES[folder])
         for name in (_class_name(index, folder), own):
             if name != CLASSES[folder]:
                 raise CheckpointError(
                     f"{where} has {_plain(name or 'no class')} as {folder}, rt reads {CLASSES[folder]}; {_READS}"
+                    f"{OR_VAE * (folder == VAE)}"
                 )
     return tuple(component for component, folder in FOLDERS.items() if folder in folders)
 
@@ -88,7 +97,7 @@ def read_spec(configs: Mapping[str, Mapping[str, Any]], where: str) -> ModelSpec
     """
     encoders = tuple(part for part in components(configs, where) if FOLDERS[part].startswith("text_encoder"))
     index = _facts(_Pipeline, configs, "model_index", where)
-    unet, vae = _facts(_UNet, configs, "unet", where), _facts(_Vae, configs, "vae", where)
+    unet, vae = read_unet(configs, where), read_vae(configs, where)
     text = [_facts(_TextEncoder, configs, FOLDERS[encoder], where) for encoder in encoders]
     _refuse_other_conditioning(configs["unet"], configs["vae"], len(encoders), where)
     given = {"channels": sum(encoder.hidden_size for encoder in text)}
@@ -111,7 +120,7 @@ def read_spec(configs: Mapping[str, Mapping[str, Any]], where: str) -> ModelSpec
         sample_size=sample_size(
             configs["model_index"], configs["unet"], unet.sample_size or vae.latents, where
         ),
-        scaling_factor=_SCALING_FACTOR if vae.scaling_factor is None else vae.scaling_factor,
+        scaling_factor=SCALING_FACTORS[Family.SD1] if vae.scaling_factor is None else vae.scaling_factor,
         text_encoders=encoders,
         max_tokens=text[0].max_position_embeddings,
         context_size=unet.cross_attention_dim,
@@ -120,6 +129,16 @@ def read_spec(configs: Mapping[str, Mapping[str, Any]], where: str) -> ModelSpec
         scheduler=scheduler_config(configs["model_index"], configs["scheduler"], where),
         inpainting=unet.in_channels != vae.latent_channels,
     )
+
+
+def read_unet(configs: Mapping[str, Mapping[str, Any]], where: str) -> UNetFacts:
+    """The facts of the U-Net in `configs`, or a `CheckpointError`."""
+    return _facts(UNetFacts, configs, "unet", where)
+
+
+def read_vae(configs: Mapping[str, Mapping[str, Any]], where: str) -> VaeFacts:
+    """The facts of the VAE in `configs`, or a `CheckpointError`."""
+    return _facts(VaeFacts, configs, VAE, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +164,11 @@ class _Pipeline(_Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _UNet(_Facts):
+class UNetFacts(_Facts):
+    """Of the U-Net."""
+
     in_channels: int
+    out_channels: int = 4
     cross_attention_dim: int
     sample_size: int | list[int] | None = None
     use_linear_projection: bool | None = False
@@ -155,7 +177,9 @@ class _UNet(_Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Vae(_Facts):
+class VaeFacts(_Facts):
+    """Of the autoencoder; where its config has no scaling factor, None."""
+
     latent_channels: int
     block_out_channels: tuple[int, ...]
     sample_size: int | list[int] = 32
@@ -172,6 +196,7 @@ class _Vae(_Facts):
 
     @property
     def scale_factor(self) -> int:
+        """Pixels a latent, along one side."""
         return 1 << len(self.block_out_channels) - 1
 
     @property
@@ -188,6 +213,7 @@ class _TextEncoder(_Facts):
     projection_dim: int | None = 512
     max_position_embeddings: int = 77
     eos_token_id: int = 49407
+    """No fact of the model, but transformers would take a list or nothing, and a prompt must end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,7 +248,7 @@ def _class_name(index: Mapping[str, Any], folder: str) -> Any:
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
-def _family(unet: _UNet, encoders: tuple[Component, ...]) -> Family:
+def _family(unet: UNetFacts, encoders: tuple[Component, ...]) -> Family:
     if len(encoders) > 1:
         return Family.SDXL
     return Family.SD2 if unet.use_linear_projection else Family.SD1

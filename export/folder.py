@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from rt.checkpoint_file import read_json
 from rt.errors import CheckpointError
-from rt.export.facts import FOLDERS, components
-from rt.export.weights import PICKLE_SUFFIXES, pickle_error, read_headers, read_json, read_tensors
+from rt.export.facts import FOLDERS, OR_VAE, VAE, components
+from rt.export.weights import PICKLE_SUFFIXES, pickle_error, read_headers, read_tensors
 from rt.model import Component
 from rt.tokenizer import Tokenizer, from_folder
 
@@ -63,9 +64,11 @@ def open_folder(root: Path, variant: str | None, elsewhere: Collection[str] = ()
     if "model_index.json" not in names:
         raise _no_model(root, names)
     configs: dict[str, Mapping[str, Any]] = {"model_index": read_json(root / "model_index.json")}
-    parts = components(configs, str(root))
+    parts = components(configs, str(root), elsewhere)
     folders = dict.fromkeys(FOLDERS[component] for component in parts)
     there = [folder for folder in folders if folder not in elsewhere or f"{folder}/config.json" in names]
+    if VAE in there and f"{VAE}/config.json" not in names:
+        raise _no_weights(root, VAE, names)
     configs |= {folder: _text_config(read_json(root / folder / "config.json")) for folder in there}
     configs["scheduler"] = read_json(root / "scheduler" / "scheduler_config.json")
     if automatic := [folder for folder, config in configs.items() if "auto_map" in config]:
@@ -227,4 +230,5 @@ def _no_weights(root: Path, folder: str, names: Collection[str]) -> CheckpointEr
         )
     return CheckpointError(
         f"{root / folder} has no .safetensors weights: the checkpoint is incomplete, get it again"
+        f"{OR_VAE * (folder == VAE)}"
     )

@@ -18,10 +18,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from rt.checkpoint_file import read_json
 from rt.errors import CheckpointError
 from rt.export.facts import FOLDERS, components
 from rt.export.folder import TOKENIZERS, Folder, choose_weights, open_folder, refuse_code
-from rt.export.weights import one_line, read_json
+from rt.export.weights import one_line
 
 _FACTS = (
     "model_index.json",
@@ -56,7 +57,7 @@ def open_hub(
             f"{repo} has no model_index.json: expected a text-to-image model in diffusers' layout"
         )
     root = download(repo, _FACTS, revision=commit)
-    parts = components({"model_index": read_json(root / "model_index.json")}, repo)
+    parts = components({"model_index": read_json(root / "model_index.json")}, repo, elsewhere)
     folders = [folder for folder in dict.fromkeys(FOLDERS[part] for part in parts) if folder not in elsewhere]
     chosen = choose_weights(root, folders, names, variant)
     weights = [path for component in chosen.values() for path in component.files()]

@@ -9,18 +9,18 @@ its own, or it stands in PEFT's settings, see `lora_settings.py`.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from rt.checkpoint_file import read_json
 from rt.errors import CheckpointError, ConfigError
 from rt.export.lora_names import bare, is_pefts, parse_name
 from rt.export.lora_settings import Settings, from_metadata
-from rt.export.names import summary
-from rt.export.weights import PICKLE_SUFFIXES, pickle_error, read_header, read_json, read_tensors
+from rt.export.names import is_surplus, say_surplus
+from rt.export.weights import PICKLE_SUFFIXES, pickle_error, read_header, read_tensors
 from rt.model import Component
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ _IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What PEFT's and diffusers' ways of saving call the file."""
 _CONFIG = "adapter_config.json"
 _EMBEDDING = "bundle_emb."
-_LAYER = re.compile(r"encoder_layers_(\d+)_.+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,15 +72,9 @@ class Lora:
         """Raise `CheckpointError` unless all that the file has for `component` fits into `module`."""
         targets = _targets(module)
         pairs = self._pairs.get(component, {})
-        if surplus := [name for name in pairs if _is_surplus(name, module)]:
-            logger.warning(
-                "%s: left out, since the config of %s says fewer layers: %s",
-                self.path,
-                component.value,
-                summary(surplus),
-            )
+        say_surplus(module, pairs, f"{self.path}, {component.value}")
         for name, pair in pairs.items():
-            if _is_surplus(name, module):
+            if is_surplus(module, name):
                 continue
             if name not in targets:
                 raise CheckpointError(
@@ -98,7 +91,7 @@ class Lora:
         """Add what the file has for `component` to the float32 weights of `module`, after `check`."""
         targets = _targets(module)
         for name, pair in self._pairs.get(component, {}).items():
-            if _is_surplus(name, module):
+            if is_surplus(module, name):
                 continue
             weight = targets[name].weight
             # A new tensor: the old one may be mapped from the checkpoint's file.
@@ -218,10 +211,3 @@ def _targets(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {
         bare(name): part for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
     }
-
-
-def _is_surplus(name: str, module: nn.Module) -> bool:
-    """Whether a target is in a layer of a text encoder that its config leaves out; trainers know all layers."""
-    layer = _LAYER.fullmatch(name)
-    layers = getattr(getattr(module, "config", None), "num_hidden_layers", None)
-    return layer is not None and layers is not None and int(layer[1]) >= layers

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+logger = logging.getLogger(__name__)
 
 # As (old, new) pieces. transformers dropped the prefix of CLIPTextModel in 5.6; diffusers renamed the attention of
 # the autoencoder in 0.17.
@@ -28,7 +31,8 @@ _IGNORED: Mapping[type[nn.Module], re.Pattern[str]] = {
     CLIPTextModelWithProjection: re.compile(_CLIP),
     AutoencoderKL: re.compile(r"loss\..*|model_ema\..*"),
 }
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\..*")
+# Also by a LoRA's names, which have no punctuation.
+_LAYER = re.compile(r"encoder[._]layers[._](\d+)[._].*")
 
 
 def canonical(name: str) -> str:
@@ -59,6 +63,27 @@ def is_surplus(module: nn.Module, name: str) -> bool:
         return False
     layers: int = module.config.num_hidden_layers
     return int(layer[1]) >= layers
+
+
+def say_surplus(module: nn.Module, names: Iterable[str], where: str) -> None:
+    """Warn of those of `names` that `is_surplus` says are left out."""
+    if surplus := [name for name in names if is_surplus(module, name)]:
+        logger.warning("%s: left out, since the config says fewer layers: %s", where, summary(surplus))
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of `tensors` whose names begin with `prefix`."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """`part` by the names that follow `prefix`."""
+    return {name.removeprefix(prefix): tensor for name, tensor in part(tensors, prefix).items()}
+
+
+def count(names: Iterable[str], prefix: str) -> int:
+    """How many different numbers follow `prefix`."""
+    return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
 
 
 def summary(names: list[str]) -> str:

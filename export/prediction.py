@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from rt.checkpoint_file import read_bytes
 from rt.errors import CheckpointError
 from rt.export.architectures import SCHEDULERS
-from rt.export.weights import read_bytes
 from rt.model import Family
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,15 @@ def read_scheduler(
     Raises:
         CheckpointError: The file does not say what its U-Net predicts, and its family does not either.
     """
+    asked = prediction_type is not None
     prediction_type = prediction_type or _prediction_type(path, family, tensors, metadata)
     if "ztsnr" not in tensors:
         return {**SCHEDULERS[family], "prediction_type": prediction_type}
     if prediction_type == "epsilon":
         logger.warning(
-            "%s has the key ztsnr, as models have that predict v, and is taken for one that predicts epsilon; "
-            "--prediction-type says otherwise",
+            "%s has the key ztsnr, as models have that predict v, and is taken for one that predicts epsilon%s",
             path.name,
+            ", as --prediction-type says" if asked else "; --prediction-type says otherwise",
         )
     # PNDM, of SD 1, knows no such noise levels; DDIM, of SD 2, has the same otherwise.
     usual = SCHEDULERS[Family.SDXL if family is Family.SDXL else Family.SD2]

@@ -20,13 +20,15 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
+from rt.checkpoint_file import read_bytes, read_json
 from rt.errors import CheckpointError
 from rt.export import vae
 from rt.export.architectures import PAD_TOKENS, SCALING_FACTORS, Architecture, clip, unet
-from rt.export.facts import FOLDERS
+from rt.export.facts import FOLDERS, VAE
 from rt.export.hub import download
+from rt.export.names import count, part
 from rt.export.prediction import read_scheduler, sidecars
-from rt.export.weights import read_bytes, read_header, read_headers, read_json, read_tensors
+from rt.export.weights import read_header, read_headers, read_tensors
 from rt.model import Component, Family
 from rt.tokenizer import Tokenizer
 
@@ -103,15 +105,14 @@ class SingleFile:
         config = self.configs[FOLDERS[component]]
         try:
             if component is Component.UNET:
-                converted = _convert_unet(_part(tensors, _UNET), config)
+                converted = _convert_unet(part(tensors, _UNET), config)
             elif component in (Component.VAE_ENCODER, Component.VAE_DECODER):
                 converted = vae.convert(tensors, config)
             elif component is Component.TEXT_ENCODER and self.family in _CLIP:
-                part = _part(tensors, _CLIP[self.family])
-                converted = convert_ldm_clip_checkpoint(part)
+                converted = convert_ldm_clip_checkpoint(part(tensors, _CLIP[self.family]))
             else:
                 prefix = _OPEN_CLIP[self.family]
-                converted = _convert_open_clip(_part(tensors, prefix), prefix, config)
+                converted = _convert_open_clip(part(tensors, prefix), prefix, config)
         except KeyError as error:
             raise _incomplete(self.path, error) from None
         return {name: tensor for name, tensor in converted.items() if tensor is not None}
@@ -207,10 +208,6 @@ def _convert_open_clip(
     return converted
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 # The architecture, from names and shapes.
 
 
@@ -224,7 +221,7 @@ def _architecture(
     v_sd2 = family is Family.SD2 and scheduler["prediction_type"] == "v_prediction"
     size = _SAMPLE_SIZE_SD2_V if v_sd2 else _SAMPLE_SIZES[family]
     has_vae = any(name.startswith(vae.PREFIX) for name in tensors)
-    if not has_vae and vae.FOLDER not in elsewhere:
+    if not has_vae and VAE not in elsewhere:
         raise CheckpointError(
             f"{path} has no VAE ({vae.PREFIX}*): name one with --vae, such as {_USUAL_VAES[family]}"
         )
@@ -247,7 +244,7 @@ def _unet_config(tensors: Mapping[str, Tensor], sample_size: int) -> Mapping[str
             depths.append([])
         elif f"{block}0.out_layers.3.weight" in tensors:
             channels[-1].append(tensors[f"{block}0.out_layers.3.weight"].shape[0])
-            depths[-1].append(vae.count(tensors, f"{block}1.transformer_blocks."))
+            depths[-1].append(count(tensors, f"{block}1.transformer_blocks."))
         else:
             break
     widths = tuple(level[-1] for level in channels)
@@ -285,14 +282,14 @@ def _clip_config(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Any
         prefix += "text_model."
     vocab, width = tensors[f"{prefix}embeddings.token_embedding.weight"].shape
     tokens = tensors[f"{prefix}embeddings.position_embedding.weight"].shape[0]
-    layers = vae.count(tensors, f"{prefix}encoder.layers.")
+    layers = count(tensors, f"{prefix}encoder.layers.")
     return clip(width, layers, width // 64, act="quick_gelu", vocab=vocab, tokens=tokens)
 
 
 def _open_clip_config(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Any]:
     vocab, width = tensors[f"{prefix}token_embedding.weight"].shape
     tokens = tensors[f"{prefix}positional_embedding"].shape[0]
-    layers = vae.count(tensors, f"{prefix}transformer.resblocks.")
+    layers = count(tensors, f"{prefix}transformer.resblocks.")
     projection = tensors.get(f"{prefix}text_projection")
     if projection is not None and prefix == _OPEN_CLIP[Family.SD2]:
         # SD 2 was trained on the last but one layer; a file made from diffusers' weights has lost both.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from enum import Enum
@@ -34,20 +35,21 @@ class Kind(str, Enum):
             CheckpointError: It is nothing that there is.
             PickleError: It is a file in a format that can run code.
         """
-        path = Path(model)
+        # Those of `os.path`, which also answer where a name is too long for a file.
+        suffix, is_folder = Path(model).suffix, os.path.isdir(model)
         if model.startswith(SYNTHETIC):
             return cls.SYNTHETIC
-        if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
+        if suffix in PICKLE_SUFFIXES and not is_folder:
             raise pickle_error(model)
-        if path.is_dir():
+        if is_folder:
             return cls.FOLDER
-        if path.suffix == ".safetensors" and path.is_file():
+        if suffix == ".safetensors" and os.path.isfile(model):
             return cls.SINGLE_FILE
-        if path.is_file():
+        if os.path.exists(model):
             raise CheckpointError(
                 f"{model} is not a model: expected a diffusers folder or a .safetensors file"
             )
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and path.suffix != ".safetensors":
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and suffix != ".safetensors":
             return cls.HUB
         raise CheckpointError(
             f"{model} does not exist: expected a diffusers folder, a .safetensors file, a hub id like org/name "

@@ -7,7 +7,7 @@ Files are in the layout of the original (CompVis, Stability-AI) code, where whol
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,21 @@ from typing import Any
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
+from rt.checkpoint_file import read_json
 from rt.errors import CheckpointError
-from rt.export.architectures import SCALING_FACTORS, vae
-from rt.export.facts import CLASSES
+from rt.export.architectures import SCALING_FACTORS, autoencoder
+from rt.export.facts import CLASSES, VAE, read_unet, read_vae
 from rt.export.folder import choose_weights, refuse_code
 from rt.export.hub import download, is_offline, look_up
+from rt.export.names import count, without_prefix
 from rt.export.source import Kind, Source
-from rt.export.weights import read_header, read_headers, read_json, read_tensors
+from rt.export.weights import read_header, read_headers, read_tensors
 from rt.model import Component, Family
 from rt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "first_stage_model."
-FOLDER = "vae"
 _PREFIXES = (PREFIX, "vae.", "")
 _READS = "--vae takes an AutoencoderKL: a diffusers folder, a hub id or a .safetensors file"
 _HALVES = (Component.VAE_ENCODER, Component.VAE_DECODER)
@@ -70,44 +71,46 @@ def open_vae(name: str, offline: bool) -> Vae:
     raise CheckpointError(f"{name} has no weights to take; {_READS}")
 
 
-def replace_vae(source: Source, replacement: Vae) -> Source:
-    """`source` with another VAE.
+def replace_vae(source: Source, replacement: Vae, where: str) -> Source:
+    """`source`, which messages call `where`, with another VAE.
 
     Latents are scaled as the VAE's config says; where it is silent as the checkpoint's own, else as the family's.
 
     Raises:
-        CheckpointError: The U-Net was made for other latents.
+        CheckpointError: The U-Net was made for other latents, or a config has not what rt must know.
     """
-    own, unet = source.configs.get(FOLDER, {}), source.configs["unet"]
-    family = Family.SDXL if "text_encoder_2" in source.configs else Family.SD1
-    usual = own.get("scaling_factor", SCALING_FACTORS[family])
-    config = {"scaling_factor": usual, **replacement.config}
-    try:
-        factor, own_factor = _factor(config), _factor(own or config)
-        config.setdefault("sample_size", own.get("sample_size", factor * unet["sample_size"]))
-    except (KeyError, TypeError) as error:
+    own_config = source.configs.get(VAE, {})
+    if own_config.get("_class_name", CLASSES[VAE]) != CLASSES[VAE]:
+        own_config = {}  # AutoencoderTiny and its like scale otherwise and say nothing of this one
+    new = read_vae({VAE: replacement.config}, replacement.name)
+    own = read_vae({VAE: own_config}, where) if own_config else new
+    latents = read_unet(source.configs, where).out_channels
+    if new.latent_channels != latents:
         raise CheckpointError(
-            f"{replacement.name}: a config lacks a fact or has another type there: {error}"
-        ) from None
-    channels, wanted = config.get("latent_channels", 4), unet.get("out_channels", 4)
-    if channels != wanted:
-        raise CheckpointError(
-            f"the VAE {replacement.name} has {channels} latent channels, and the U-Net {wanted}: "
+            f"the VAE {replacement.name} has {new.latent_channels} latent channels, and the U-Net {latents}: "
             "it is for another model"
         )
-    if factor != own_factor:
+    if new.scale_factor != own.scale_factor:
         raise CheckpointError(
-            f"the VAE {replacement.name} makes {factor} x {factor} pixels of a latent, and the checkpoint's own "
-            f"{own_factor} x {own_factor}: it is for another model"
+            f"the VAE {replacement.name} makes {new.scale_factor} x {new.scale_factor} pixels of a latent, and the "
+            f"checkpoint's own {own.scale_factor} x {own.scale_factor}: it is for another model"
         )
-    if config["scaling_factor"] != usual:
+    family = Family.SDXL if "text_encoder_2" in source.configs else Family.SD1
+    usual = SCALING_FACTORS[family]
+    if own_config and own.scaling_factor is not None:
+        usual = own.scaling_factor
+    scale = usual if new.scaling_factor is None else new.scaling_factor
+    if scale != usual:
         logger.warning(
             "the VAE %s scales latents by %s and such a model's own by %s: is it for another model?",
             replacement.name,
-            config["scaling_factor"],
+            scale,
             usual,
         )
-    return _WithVae(source, replacement, {**source.configs, FOLDER: config})
+    # The size is the model's, and counts where the U-Net does not say it.
+    config = {**replacement.config, "sample_size": own.sample_size, "scaling_factor": scale}
+    index = {**source.configs["model_index"], VAE: ["diffusers", CLASSES[VAE]]}
+    return _WithVae(source, replacement, {**source.configs, "model_index": index, VAE: config})
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class _WithVae:
     @property
     def files(self) -> Mapping[str, Path]:
         """Those of the source but for its own VAE, and those of the VAE."""
-        kept = {name: path for name, path in self.source.files.items() if not name.startswith(f"{FOLDER}/")}
+        kept = {name: path for name, path in self.source.files.items() if not name.startswith(f"{VAE}/")}
         return {**kept, **self.vae.files}
 
     @property
@@ -151,7 +154,7 @@ class _WithVae:
         return self.source.tokenizer(component, max_length)
 
 
-def original_config(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> dict[str, Any]:
+def original_config(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> Mapping[str, Any]:
     """diffusers' config of a VAE in the original layout, from shapes, which say neither sample size nor scale.
 
     Raises:
@@ -161,7 +164,7 @@ def original_config(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> dict
     levels = range(count(tensors, f"{prefix}encoder.down.") or 1)
     channels = [tensors[f"{prefix}encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels]
     layers = count(tensors, f"{prefix}encoder.down.0.block.")
-    return _config(channels, layers, tensors[f"{prefix}decoder.conv_in.weight"].shape[1])
+    return autoencoder(channels, layers, tensors[f"{prefix}decoder.conv_in.weight"].shape[1])
 
 
 def convert(
@@ -172,35 +175,16 @@ def convert(
     Raises:
         KeyError: A tensor is missing.
     """
-    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(_part(tensors, prefix), config)
+    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(without_prefix(tensors, prefix), config)
     return converted
 
 
-def count(names: Iterable[str], prefix: str) -> int:
-    """How many different numbers follow `prefix`."""
-    return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _diffusers_config(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+def _diffusers_config(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Any]:
     blocks = f"{prefix}encoder.down_blocks."
     levels = range(count(tensors, blocks))
     channels = [tensors[f"{blocks}{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
     layers = count(tensors, f"{blocks}0.resnets.")
-    return _config(channels, layers, tensors[f"{prefix}decoder.conv_in.weight"].shape[1])
-
-
-def _config(channels: Sequence[int], layers: int, latents: int) -> dict[str, Any]:
-    known = vae(tuple(channels), 0, layers=layers, latents=latents)
-    return {key: value for key, value in known.items() if key not in ("sample_size", "scaling_factor")}
-
-
-def _factor(config: Mapping[str, Any]) -> int:
-    """Pixels a latent, along one side."""
-    return int(2 ** (len(config.get("block_out_channels") or (64,)) - 1))
+    return autoencoder(channels, layers, tensors[f"{prefix}decoder.conv_in.weight"].shape[1])
 
 
 def _open_file(name: str, path: Path) -> Vae:
@@ -209,35 +193,35 @@ def _open_file(name: str, path: Path) -> Vae:
     prefix = prefixes[0] if prefixes else ""
     if f"{prefix}quantize.embedding.weight" in tensors:
         raise CheckpointError(f"{name} is a VQ autoencoder; {_READS}")
-    files, beside = {f"{FOLDER}/{path.name}": path}, path.with_name("config.json")
+    files, beside = {f"{VAE}/{path.name}": path}, path.with_name("config.json")
     try:
         if any(key.startswith(f"{prefix}encoder.down.") for key in tensors):
             config = original_config(tensors, prefix)
             return Vae(name, config, files, (path,), lambda part: convert(part, config, prefix))
         if any(key.startswith(f"{prefix}encoder.down_blocks.") for key in tensors):
-            if not prefix and beside.is_file() and read_json(beside).get("_class_name") == CLASSES[FOLDER]:
+            if not prefix and beside.is_file() and read_json(beside).get("_class_name") == CLASSES[VAE]:
                 return _with_config(name, beside, (path,))
             config = _diffusers_config(tensors, prefix)
-            return Vae(name, config, files, (path,), lambda part: _part(part, prefix))
+            return Vae(name, config, files, (path,), lambda part: without_prefix(part, prefix))
     except KeyError as error:
         raise CheckpointError(f"{name} lacks {error}: the file is incomplete, get it again") from None
     raise CheckpointError(f"{name} has no VAE that rt knows ({PREFIX}*, encoder.* and decoder.*); {_READS}")
 
 
 def _open_folder(name: str, folder: Path) -> Vae:
-    root = folder / FOLDER if (folder / FOLDER / "config.json").is_file() else folder
+    root = folder / VAE if (folder / VAE / "config.json").is_file() else folder
     names = {path.name for path in root.iterdir()}
     if "config.json" not in names:
-        raise CheckpointError(f"{name} has no VAE: neither {FOLDER}/config.json nor config.json; {_READS}")
+        raise CheckpointError(f"{name} has no VAE: neither {VAE}/config.json nor config.json; {_READS}")
     refuse_code(names, name)
     return _with_config(name, root / "config.json", choose_weights(root, [""], names, None)[""].files())
 
 
 def _open_hub(name: str, offline: bool) -> Vae:
     if is_offline(offline):
-        return _open_folder(name, download(name, [f"{FOLDER}/config.json"], offline=True))
+        return _open_folder(name, download(name, [f"{VAE}/config.json"], offline=True))
     commit, names = look_up(name, None)
-    place = f"{FOLDER}/" if f"{FOLDER}/config.json" in names else ""
+    place = f"{VAE}/" if f"{VAE}/config.json" in names else ""
     inside = {each.removeprefix(place) for each in names if each.startswith(place)}
     refuse_code({each for each in inside if "/" not in each}, name)
     root = download(name, [f"{place}config.json", f"{place}*.index*.json"], revision=commit)
@@ -248,7 +232,7 @@ def _open_hub(name: str, offline: bool) -> Vae:
 
 def _with_config(name: str, path: Path, weights: tuple[Path, ...]) -> Vae:
     config = read_json(path)
-    kind = config.get("_class_name", CLASSES[FOLDER])
-    if kind != CLASSES[FOLDER] or "auto_map" in config:
+    kind = config.get("_class_name", CLASSES[VAE])
+    if kind != CLASSES[VAE] or "auto_map" in config:
         raise CheckpointError(f"{name} is of the class {kind}; {_READS}")
-    return Vae(name, config, {f"{FOLDER}/{each.name}": each for each in (path, *weights)}, weights)
+    return Vae(name, config, {f"{VAE}/{each.name}": each for each in (path, *weights)}, weights)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from rt.checkpoint_file import LFS_POINTER, lfs_error
 from rt.errors import CheckpointError, PickleError, shown
 from rt.export.names import canonical, ignored, summary
-from rt.json_file import parse_json, read_bounded
+from rt.json_file import parse_json
 from rt.model import Component
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -35,7 +36,6 @@ LONGEST = 1000
 _MOST_TENSORS = 10_000
 _MAX_HEADER_BYTES = 16 << 20
 _LONGEST_LINE = 300
-_LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -88,32 +88,6 @@ def one_line(error: Exception) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} …"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, or a `CheckpointError` that says what is there instead."""
-    raw = read_bytes(path)
-    try:
-        data = parse_json(raw)
-    except ValueError as error:
-        if raw.startswith(_LFS_POINTER):
-            raise _lfs_error(path) from None
-        raise CheckpointError(
-            f"{path} is not JSON ({error}): the file is damaged, download it again"
-        ) from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object")
-    return data
-
-
-def read_bytes(path: Path) -> bytes:
-    """All of a small file of a checkpoint, or a `CheckpointError`."""
-    try:
-        return read_bounded(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the meta device (shape and dtype, no memory) by name, and the file's metadata.
 
@@ -126,9 +100,9 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} {problem}: the checkpoint is incomplete, download it again")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise _lfs_error(path)
+        start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise lfs_error(path)
         length = int.from_bytes(start[:8], "little")
         if size >= 8 and length > _MAX_HEADER_BYTES:
             raise CheckpointError(
@@ -322,7 +296,3 @@ def _first(names: list[str]) -> str:
 
 def _truncated(path: Path, size: int, expected: int) -> CheckpointError:
     return CheckpointError(f"{path} is truncated: {size:,} bytes of {expected:,}: download it again")
-
-
-def _lfs_error(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` in its folder")

@@ -30,15 +30,6 @@ _KINDS = (
 )
 
 
-def read_json(path: Path, *, limit: int = LIMIT) -> Any:
-    """The JSON value in the file `path`.
-
-    Raises:
-        OSError, ValueError: As `read_bounded` and `parse_json`.
-    """
-    return parse_json(read_bounded(path, limit=limit))
-
-
 def read_bounded(path: Path, *, limit: int = LIMIT) -> bytes:
     """The bytes of a plain file, or of one that a link leads to; never waits and never reads more than `limit`.
 

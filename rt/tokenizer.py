@@ -21,8 +21,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
+from rt.checkpoint_file import read_bytes, read_json
 from rt.errors import BundleError, CheckpointError, ConfigError, shown
-from rt.json_file import parse_json, read_bounded
+from rt.json_file import read_bounded
 
 # A prompt of 1 MB takes seconds to tokenize, and no model reads as far as this: 77 tokens of 200 characters. Spaces are
 # no tokens, however many there are, so they are folded before the cut.
@@ -207,21 +208,21 @@ def from_folder(folder: Path, max_length: int) -> Tokenizer:
         CheckpointError: A file is missing or is not what its name says.
         ConfigError: `max_length` has no room for a word.
     """
-    config = _read_json(folder / "tokenizer_config.json", missing={})
+    config = _read_if_there(folder / "tokenizer_config.json")
     try:
         if (folder / "tokenizer.json").exists():
-            fast = _read_json(folder / "tokenizer.json")
+            fast = read_json(folder / "tokenizer.json")
             vocab, listed = fast["model"]["vocab"], fast["added_tokens"]
             merges = [
                 merge if isinstance(merge, str) else " ".join(merge) for merge in fast["model"]["merges"]
             ]
         else:
-            vocab, listed = _read_json(folder / "vocab.json"), []
+            vocab, listed = read_json(folder / "vocab.json"), []
             lines = _read(folder / "merges.txt").split("\n")
             merges = [line for line in map(str.strip, lines) if line and not line.startswith("#version")]
 
         if "added_tokens_decoder" not in config:
-            config |= _read_json(folder / "special_tokens_map.json", missing={})
+            config |= _read_if_there(folder / "special_tokens_map.json")
         roles = {role: _added_token(config[role]) for role in ROLES if config.get(role)}
         name = {role: token.content for role, token in roles.items()}
 
@@ -230,7 +231,7 @@ def from_folder(folder: Path, max_length: int) -> Tokenizer:
                 int(index): _added_token(token) for index, token in config["added_tokens_decoder"].items()
             }
         else:
-            legacy = _read_json(folder / "added_tokens.json", missing={})
+            legacy = _read_if_there(folder / "added_tokens.json")
             added = {
                 index: AddedToken(token, special=token in name.values()) for token, index in legacy.items()
             }
@@ -265,27 +266,10 @@ def _added_token(token: str | Mapping[str, Any]) -> AddedToken:
 
 def _read(path: Path) -> str:
     try:
-        return _read_bytes(path).decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 text: get the tokenizer again") from error
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return read_bounded(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; a CLIP tokenizer is vocab.json and merges.txt") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        data = parse_json(_read_bytes(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object")
-    return data
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}

@@ -28,6 +28,7 @@ LEVELS = (
     "errors",
     "expression",
     "json_file",
+    "checkpoint_file",
     "decode",
     "kernel_image",
     "shapes",

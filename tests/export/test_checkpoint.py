@@ -262,6 +262,21 @@ def test_other_file(tmp_path: Path) -> None:
     assert "is not a model" in refused(tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("name", ["pipe", "pipe.safetensors"])
+def test_a_pipe_is_no_model(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / name)
+    assert "is not a model: expected" in refused(tmp_path / name)
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(CheckpointError, match="is not a model: expected"):  # though a hub id looks like this
+        open_checkpoint(f"{tmp_path.name}/{name}")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}.safetensors", "a\0b"])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_checkpoint(name)
+
+
 @pytest.mark.parametrize("suffix", ["ckpt", "pt", "pth", "bin"])
 def test_pickle_file(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(PickleError, match=r"can run any code when it is read.*safe_serialization=True"):
@@ -440,7 +455,11 @@ def test_auto_map(folder: Folder, edit_json: Edit) -> None:
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline; rt reads"),
         ("model_index.json", {"_class_name": None}, "is a model of no named class"),
         ("model_index.json", {"_class_name": ["x"]}, "is a ['x']; rt reads"),
-        ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "has AutoencoderTiny as vae"),
+        (
+            "model_index.json",
+            {"vae": ["diffusers", "AutoencoderTiny"]},
+            "has AutoencoderTiny as vae, rt reads",
+        ),
         ("model_index.json", {"unet": [None, None]}, "has no class as unet"),
         ("model_index.json", {"unet": 3}, "has no class as unet"),
         ("unet/config.json", {"_class_name": "UNet2DModel"}, "has UNet2DModel as unet"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rt.errors import CheckpointError
 from rt.export.checkpoint import open_checkpoint
-from rt.export.names import canonical
+from rt.export.names import canonical, count, part, without_prefix
 from rt.model import Component, Family
 
 FOLDERS = {Component.TEXT_ENCODER: "text_encoder", Component.TEXT_ENCODER_2: "text_encoder_2"}
@@ -130,6 +130,29 @@ def test_a_config_of_fewer_layers(
     }
     assert surplus and got.keys() == expected.keys() - surplus
     assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_an_inpainting_model_is_looked_at_once_a_folder(
+    folder: Callable[..., Path], edit_json: Edit, edit_weights: Edit, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has both halves of the VAE, which are one network."""
+    root = folder()
+    edit_json(root / "unet" / "config.json", in_channels=9)
+    weights = "diffusion_pytorch_model.safetensors"
+    edit_weights(
+        root / "unet" / weights, lambda state: state.update({"conv_in.weight": torch.zeros(32, 9, 3, 3)})
+    )
+    edit_weights(root / "vae" / weights, lambda state: state.update({"loss.logvar": torch.zeros(1)}))
+    with caplog.at_level(logging.INFO):
+        assert open_checkpoint(str(root)).spec.inpainting
+    assert caplog.text.count("left out, since no AutoencoderKL has it: loss.logvar") == 1
+
+
+def test_parts_and_what_follows_a_prefix() -> None:
+    tensors = {f"{name}.w": torch.zeros(1) for name in ("a.b.0", "a.b.10", "a.b.1", "ab.2", "c.a.b.3")}
+    assert [*part(tensors, "a.b.")] == ["a.b.0.w", "a.b.10.w", "a.b.1.w"]
+    assert [*without_prefix(tensors, "a.b.")] == ["0.w", "10.w", "1.w"]
+    assert count(tensors, "a.b.") == 3 and count(tensors, "d.") == 0
 
 
 def test_a_config_of_more_layers(folder: Callable[..., Path], edit_json: Edit) -> None:

@@ -409,7 +409,20 @@ def test_zero_snr_without_v(
     assert scheduler["prediction_type"] == "epsilon"
     assert scheduler["rescale_betas_zero_snr"] is True and scheduler["timestep_spacing"] == "trailing"
     assert scheduler["_class_name"] == checkpoint.configs["model_index"]["scheduler"][1] == sampler
-    assert "has the key ztsnr" in caplog.text
+    assert "has the key ztsnr" in caplog.text and "; --prediction-type says otherwise" in caplog.text
+
+
+@pytest.mark.parametrize("said", ["epsilon", "v_prediction", "sample"])
+def test_zero_snr_and_what_the_user_says(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture, said: str
+) -> None:
+    path = write(Family.SDXL, lambda state: state.update(ztsnr=torch.ones(1)))
+    tokenizer = str(next(path.parent.glob("*/tokenizer")))
+    checkpoint = open_checkpoint(str(path), tokenizer=tokenizer, prediction_type=said)
+    assert checkpoint.spec.scheduler["prediction_type"] == said
+    assert checkpoint.configs["scheduler"]["prediction_type"] == said
+    assert "says otherwise" not in caplog.text
+    assert ("predicts epsilon, as --prediction-type says" in caplog.text) is (said == "epsilon")
 
 
 # What a file has beside the model.

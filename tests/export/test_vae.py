@@ -153,6 +153,102 @@ def test_of_another_size(other: Path, tmp_path: Path, edit_json: Edit) -> None:
     )
 
 
+@pytest.fixture(params=["null", "absent", "AutoencoderTiny", "AsymmetricAutoencoderKL", "no folder"])
+def without(request: pytest.FixtureRequest, folder: Folder, other: Path, edit_json: Edit) -> Path:
+    """A model whose own VAE, which is small and of other keys, rt does not run, or that has none."""
+    kind, root = request.param, other.with_name("without")
+    shutil.copytree(other, root)
+    edit_json(root / "vae" / "config.json", scaling_factor=1.0)
+    if kind in ("null", "absent"):
+        shutil.rmtree(root / "vae")
+        index = json.loads((root / "model_index.json").read_text())
+        del index["vae"]
+        more = {"vae": [None, None]} if kind == "null" else {}
+        (root / "model_index.json").write_text(json.dumps(index | more))
+    elif kind == "no folder":
+        shutil.rmtree(root / "vae")
+    else:
+        edit_json(root / "model_index.json", vae=["diffusers", kind])
+        config = {
+            "_class_name": kind,
+            "latent_channels": 4,
+            "encoder_block_out_channels": [64],
+            "scaling_factor": 1.0,
+        }
+        (root / "vae" / "config.json").write_text(json.dumps(config))
+        (root / "vae" / WEIGHTS).unlink()
+    return root
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_of_a_model_without_a_usable_one(
+    without: Path, other: Path, tmp_path: Path, alone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also by a file that does not say how it scales; the model's own says nothing of AutoencoderKL."""
+    name = other / "vae"
+    if alone:
+        name = tmp_path / "alone.safetensors"
+        shutil.copy(other / "vae" / WEIGHTS, name)
+    checkpoint = open_checkpoint(str(without), vae=str(name))
+    has_vae(checkpoint, other)
+    assert checkpoint.spec.scaling_factor == SCALING_FACTORS[Family.SD1] and not caplog.records
+    with pytest.raises(CheckpointError, match=r"; or name one with --vae$"):
+        open_checkpoint(str(without))
+
+
+def test_of_a_hub_model_without_a_usable_one(
+    without: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [path.relative_to(without).as_posix() for path in without.rglob("*") if path.is_file()]
+    info = SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name) for name in names])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=lambda repo, revision: info))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *names, **options: str(without))
+    has_vae(open_checkpoint("org/name", vae=str(other)), other)
+    with pytest.raises(CheckpointError, match=r"; or name one with --vae$"):
+        open_checkpoint("org/name")
+
+
+@pytest.mark.parametrize("size", [None, 16, [24, 16]])
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_sample_size_is_the_models(
+    other: Path, tmp_path: Path, edit_json: Edit, size: object, alone: bool
+) -> None:
+    """The U-Net's or where it has none that of the model's own VAE, as without `--vae`."""
+    root, name = tmp_path / "sd1", other / "vae"
+    edit_json(root / "unet" / "config.json", sample_size=size)
+    edit_json(other / "vae" / "config.json", sample_size=1024)
+    if alone:
+        name = tmp_path / "alone.safetensors"
+        shutil.copy(other / "vae" / WEIGHTS, name)
+    expected = open_checkpoint(str(root)).spec.sample_size
+    assert open_checkpoint(str(root), vae=str(name)).spec.sample_size == expected
+
+
+@pytest.mark.parametrize("whose", ["sd1", "other"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_out_channels": [32] * 50}, "block_out_channels has 50 entries, expected 1 to 10"),
+        ({"block_out_channels": [32] * 100}, "block_out_channels has 100 entries, expected 1 to 10"),
+        ({"block_out_channels": []}, "block_out_channels has 0 entries, expected 1 to 10"),
+        ({"block_out_channels": 3}, "block_out_channels is 3, expected a list"),
+        ({"latent_channels": "4"}, "latent_channels is '4', expected a whole number"),
+        ({"latent_channels": ...}, "vae has no latent_channels"),
+        ({"scaling_factor": "0.18"}, "scaling_factor is '0.18', expected a finite number or null"),
+        ({"sample_size": [8, 8, 8]}, "sample_size has 3 entries, expected a height and a width"),
+    ],
+)
+def test_configs_without_meaning(
+    other: Path, tmp_path: Path, whose: str, values: dict[str, object], message: str
+) -> None:
+    path = tmp_path / whose / "vae" / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    said = refused(tmp_path / "sd1", other)
+    assert said.startswith(str(tmp_path / whose)) and message in said
+
+
 @pytest.mark.parametrize("place", ["vae/", ""])
 def test_of_the_hub(other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """A repository of a VAE alone or of a model; nothing but the VAE is fetched."""

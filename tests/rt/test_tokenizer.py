@@ -311,8 +311,8 @@ def test_open_refuses_a_tokenizer_without_length(tmp_path, tokenizer):
         ("vocab.json", None, r"vocab\.json is missing"),
         ("merges.txt", None, r"merges\.txt is missing"),
         ("vocab.json", b"{", r"vocab\.json is not JSON"),
-        ("vocab.json", b"[]", r"vocab\.json holds a list"),
-        ("vocab.json", b"\xff", r"vocab\.json is not JSON: not UTF-8"),
+        ("vocab.json", b"[]", r"vocab\.json holds a JSON list"),
+        ("vocab.json", b"\xff", r"vocab\.json is not JSON \(not UTF-8"),
         ("vocab.json", b'{"<|startoftext|>": 0}', r"'<\|endoftext\|>' is not in the vocabulary"),
         ("vocab.json", b'{"<|startoftext|>": "a", "<|endoftext|>": 1}', "as 'a': expected a number"),
         ("merges.txt", b"#version: 0.2\nq q q\n", "do not fit together"),
@@ -337,13 +337,24 @@ def test_folder_with_a_bad_file(tmp_path, name, content, message):
         from_folder(folder, MAX_LENGTH)
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
+FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "special_tokens_map.json", "added_tokens.json"])
+def test_folder_with_a_git_lfs_pointer(tmp_path, name):
+    folder = write_folder(tmp_path / "tokenizer")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1059962\n")
+    with pytest.raises(CheckpointError, match=rf"{name} is a git-lfs pointer, not the file: run `git lfs"):
+        from_folder(folder, MAX_LENGTH)
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_folder_with_a_file_that_is_none(tmp_path, name, make):
     folder = write_folder(tmp_path / "tokenizer")
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
-    with pytest.raises(CheckpointError, match=rf"cannot read .*{name}: (Is a directory|a pipe|a device)"):
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read: (Is a directory|a pipe|a device)"):
         from_folder(folder, MAX_LENGTH)
 
 
