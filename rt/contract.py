@@ -1,9 +1,10 @@
 """What the programs of a bundle take and give, so that they fit the model, the loop and each other.
 
-B pictures at once; R rows, 2B with guidance; T tokens of D channels, P of them pooled; latents C x h x w of a picture
-of H x W pixels. `time_…` and `context_…` are what the U-Net makes of a timestep and of a text.
+B pictures at once; R rows, 2B with guidance; T tokens of D channels, P of them pooled; K depths of a text
+encoder; latents C x h x w of a picture of H x W pixels. `time_…` and `context_…` are what the U-Net makes of a timestep
+and of a text.
 
-    text_encoder, _2   tokens (1, T)                                 → states (1, T, D of it); _2: pooled (1, P)
+    text_encoder, _2   tokens (1, T)                                 → states (K, T, D of it); _2: pooled (1, P)
     unet_time          timestep (N,); XL: pooled (N, P), sizes (N, 6) → time_… (N, …)
     unet_context       context (1, T, D)                             → context_… (1, …)
     unet               latents (B, C, h, w); inpainting: mask (B, 1, h, w), around (B, C, h, w);
