@@ -137,7 +137,12 @@ class Model:
             architecture = TINY.get(architecture.family, TINY[Family.SD1])
         name = f"synthetic:{self.setting.architecture}"
         configs = architecture.configs
-        configs["scheduler"] = {**configs["scheduler"], **self.setting.sampler}
+        scheduler = {**configs["scheduler"], **self.setting.sampler}
+        configs["scheduler"] = scheduler
+        configs["model_index"] = {
+            **configs["model_index"],
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+        }
         spec = read_spec(configs, name)
         configs["unet"] = {**configs["unet"], "sample_size": self.setting.side // spec.vae_scale_factor}
         return Checkpoint(

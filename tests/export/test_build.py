@@ -59,9 +59,12 @@ class Text(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.linear = nn.Embedding(514, 32), nn.Linear(32, 32)
+        self.final_layer_norm = nn.Identity()
 
     def forward(self, tokens: Tensor, output_hidden_states: bool = False) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=self.linear(self.embedding(tokens)))
+        embedded = self.embedding(tokens)
+        last = self.linear(embedded)
+        return BaseModelOutput(last_hidden_state=last, hidden_states=(embedded, last))
 
 
 class UNet(nn.Module):
