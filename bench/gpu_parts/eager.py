@@ -11,26 +11,12 @@ import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from rt.bench.gpu_parts.model import Model
 from rt.bench.gpu_parts.settings import DIFFUSERS
+from rt.export.trace import TextEncoder
 from rt.model import Component, Family
-
-
-class TextEncoder(nn.Module):
-    """Tokens (B, T) int64 → the states (B, T, C) that the model wants, and pooled (B, P) where it has a projection."""
-
-    def __init__(self, encoder: nn.Module, *, penultimate: bool) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.penultimate = penultimate
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """See the class."""
-        output = self.encoder(tokens, output_hidden_states=self.penultimate)
-        states = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
-        return (states, output.text_embeds) if "text_embeds" in output else (states,)
 
 
 class Eager:
@@ -99,7 +85,8 @@ class Eager:
             [output.clone() for output in encoder(each)]
             for encoder, each in zip(self._text, tokens, strict=True)
         ]
-        states = torch.cat([each[0] for each in given], dim=-1)
+        # Of the states at each depth, the first are what the model was made for.
+        states = torch.cat([each[0][: len(self._context)] for each in given], dim=-1)
         text = {"prompt_embeds": states[-1:]}
         if self.model.setting.guided:
             text["negative_prompt_embeds"] = states[:1]

@@ -577,6 +577,31 @@ def test_the_step_of_diffusers_gets_timesteps_of_its_schedulers_type(tmp_path: P
         assert asked == [kind, kind]
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", ["sd15", "sdxl-turbo"])
+def test_diffusers_draws_from_the_states_that_the_model_was_made_for(name: str) -> None:
+    import torch
+
+    from rt.bench.gpu_parts.eager import Eager
+    from rt.bench.gpu_parts.model import Model
+    from rt.bench.gpu_parts.place import Place
+    from rt.bench.gpu_parts.settings import SETTINGS
+
+    model = Model(setting=SETTINGS[name].tiny(), place=Place(torch.device("cpu")), seed=7)
+    peer = Eager(model, torch.float32)
+    given: list[torch.Tensor] = []
+    forward = peer.pipeline.unet.forward
+    peer.pipeline.unet.forward = lambda *rest, **more: (
+        given.append(more["encoder_hidden_states"]) or forward(*rest, **more)
+    )
+    peer.picture(1)
+    expected = []
+    for encoder, tokens in model.inputs.tokens.items():
+        output = model.checkpoint.load(encoder)(tokens, output_hidden_states=True)
+        expected.append(output.last_hidden_state if name == "sd15" else output.hidden_states[-2])
+    torch.testing.assert_close(given[0], torch.cat(expected, dim=-1))
+
+
 def test_the_fused_step_runs_kernels_in_the_place_of_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
