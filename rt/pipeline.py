@@ -445,15 +445,13 @@ class Pipeline:
     ) -> OnStep:
         def on_step(step: int, rows: Sequence[RowState]) -> bool:
             if callback is not None:
-                seen = [row.latents.copy() for row in rows] if shown else [None] * len(rows)
-                given = {"latents": np.stack(seen)} if shown else {}
+                seen = np.stack([row.latents for row in rows]) if shown else None
+                given = {} if seen is None else {"latents": seen.copy()}
                 result = callback(self, step, float(rows[0].schedule.timesteps[step]), given)
-                replaced = check_replaced(result, (len(rows), *shape))
-                for row, latents, same in zip(rows, replaced, seen, strict=False):
-                    if same is None or not np.array_equal(
-                        latents, same
-                    ):  # one that is steered rounds otherwise
-                        row.latents = latents
+                for index, latents in enumerate(check_replaced(result, (len(rows), *shape))):
+                    # A row that is steered rounds otherwise than one that is left alone.
+                    if seen is None or not np.array_equal(latents, seen[index]):
+                        rows[index].latents = latents
             return not self._interrupt
 
         return on_step
