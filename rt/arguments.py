@@ -6,8 +6,8 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any, TypeGuard
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from rt.noise import Generator, Noise, bits_of
 from rt.philox import CudaGenerator
 from rt.picture import Picture
 from rt.samplers import Scheduler
+from rt.whole import is_whole
 
 MOST_PICTURES = 65_536
 """Of one call, which keeps them all."""
@@ -89,7 +90,7 @@ def check_negative_prompts(negative: object, count: int) -> list[str | None]:
 
 def check_count(num_images_per_prompt: object, prompts: int) -> int:
     """Pictures of one prompt, of which there are so many."""
-    if not _is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+    if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
         raise ConfigError(
             f"num_images_per_prompt is {shown(num_images_per_prompt)}; it must be a whole number of at least 1"
         )
@@ -105,7 +106,7 @@ def check_side(pixels: object, name: str) -> int | None:
     """Height or width; whether it was built is for `rt.shapes.choose_size` to say."""
     if pixels is None:
         return None
-    if not _is_whole(pixels):
+    if not is_whole(pixels):
         raise ConfigError(f"{name} is {shown(pixels)}; it must be a whole number of pixels, or None")
     if not 1 <= pixels < 2**31:
         raise ConfigError(f"{name} is {shown(pixels)}; it must be a size that was built, see rt inspect")
@@ -116,11 +117,11 @@ def check_seeds(seed: object, count: int) -> list[int]:
     """One for each picture: picture i has seed + i, so that it does not depend on how many are drawn with it."""
     if seed is None:
         seed = secrets.randbits(32)
-    if _is_whole(seed):
+    if is_whole(seed):
         seeds = [int(seed) + index for index in range(count)]
     else:
         given = _listed(seed)
-        if given is None or not all(map(_is_whole, given)):
+        if given is None or not all(map(is_whole, given)):
             raise ConfigError(f"seed is {shown(seed)}; give a whole number, or one for each picture")
         if len(given) != count:
             raise ConfigError(
@@ -157,7 +158,7 @@ def check_guidance_interval(interval: object) -> tuple[float, float]:
 
 def check_step_cache(step_cache: object, *, built: bool) -> int:
     """One step of so many is full; a bundle must have been `built` for more than one."""
-    if not _is_whole(step_cache) or step_cache < 1:
+    if not is_whole(step_cache) or step_cache < 1:
         raise ConfigError(
             f"step_cache is {shown(step_cache)}; it must be a whole number of at least 1, where 1 turns it off"
         )
@@ -169,12 +170,12 @@ def check_step_cache(step_cache: object, *, built: bool) -> int:
     return min(int(step_cache), 2**31)
 
 
-def check_timesteps(timesteps: object) -> list[int] | None:
-    """A list; whether the sampler takes them is for `Scheduler.schedule` to say."""
+def check_timesteps(timesteps: object) -> list[Any] | None:
+    """A list; what is in it, and whether the sampler takes it, is for `Scheduler.schedule` to say."""
     if timesteps is None:
         return None
     given = _listed(timesteps.tolist() if isinstance(timesteps, np.ndarray) else timesteps)
-    if given is None or not all(map(_is_whole, given)):
+    if given is None:
         raise ConfigError(f"timesteps is {shown(timesteps)}; give a list of falling whole numbers, or None")
     return given
 
@@ -192,7 +193,7 @@ def check_clip_skip(clip_skip: object, rows: int) -> int:
     """The row to take of the text encoders' states, of which a bundle has `rows`; None is the first."""
     if clip_skip is None:
         return 0
-    if not _is_whole(clip_skip) or not 0 <= clip_skip < rows:
+    if not is_whole(clip_skip) or not 0 <= clip_skip < rows:
         raise ConfigError(
             f"clip_skip is {shown(clip_skip)}; it must be a whole number from 0 to {rows - 1} for this bundle, how "
             "many of the last layers of its text encoder to leave out, or None"
@@ -263,10 +264,6 @@ def check_inpainting(
     if given and not wanted:
         raise ConfigError(f"{given[0]} is for an inpainting model; this bundle draws from the prompt alone")
     return cut_out(image, mask_image, *size) if wanted else None
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> float | None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from numbers import Integral
 
 from rt.backends import AUTO, DeviceBackend, DeviceEngine, Engine, choose, cpu_count
 from rt.backends.views import HostSide
@@ -14,8 +13,9 @@ from rt.bundle import Bundle, EngineRecord
 from rt.cuda import Device, Stream
 from rt.errors import BundleError, ConfigError, shown
 from rt.model import Component
-from rt.process import Calls, in_threads
+from rt.process import Calls, in_threads, on_fork
 from rt.shapes import ShapeProfile
+from rt.whole import is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ class Engines:
         backend: That runs them.
         reason: Why it is this one.
         place: Where they run when it is not the host.
+        forked: Whether this process was forked since something was loaded, which then neither runs nor can be given
+            back.
     """
 
     def __init__(self, bundle: Bundle, backend: str = AUTO, threads: int | None = None) -> None:
-        if threads is not None and not (
-            isinstance(threads, Integral) and not isinstance(threads, bool) and 1 <= threads <= MOST_THREADS
-        ):
+        if threads is not None and not (is_whole(threads) and 1 <= threads <= MOST_THREADS):
             raise ConfigError(
                 f"threads is {shown(threads)}; it must be a whole number from 1 to {MOST_THREADS}, or None for all "
                 f"processors"
@@ -75,11 +75,8 @@ class Engines:
         self._calls = Calls(self)
         self._verified: set[str] = set()
         self._loaded: dict[str, Engine] = {}
-
-    @property
-    def forked(self) -> bool:
-        """Whether this process was forked since something was loaded, which then neither runs nor can be given back."""
-        return self._calls.forked and (self.place is not None or bool(self._loaded))
+        self.forked = False
+        on_fork(self, Engines._lose)
 
     def activate(self) -> None:
         """Make this thread ready to use them.
@@ -148,6 +145,10 @@ class Engines:
                     closing.callback(engine.close)
             self._loaded.clear()
             self.place = None
+
+    def _lose(self) -> None:
+        # At the fork: what the child loads itself is its own.
+        self.forked = self.place is not None or bool(self._loaded)
 
     def _keep(self, record: EngineRecord) -> None:
         self._loaded[record.name] = self._open(record)

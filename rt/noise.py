@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rt.errors import ConfigError, shown
+from rt.whole import is_whole
 
 BLOCK = 16
 
@@ -31,7 +31,7 @@ def bits_of(seed: int) -> int:
     Raises:
         ConfigError: It does not fit, or is no whole number.
     """
-    if not isinstance(seed, Integral) or isinstance(seed, bool):
+    if not is_whole(seed):
         raise ConfigError(f"seed is {shown(seed)}; give a whole number")
     if not -(2**63) <= int(seed) < 2**64:
         raise ConfigError(f"seed {shown(seed)} does not fit into 64 bits: choose one from 0 to 2**64 - 1")

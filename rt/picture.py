@@ -73,7 +73,7 @@ class _Wrong(RtError):
 
 
 def _called(picture: Picture) -> str:
-    return f"{picture} " if isinstance(picture, str | os.PathLike) else ""
+    return f"{printable(str(picture))} " if isinstance(picture, str | os.PathLike) else ""
 
 
 def _read(picture: Picture) -> Image.Image | Float32:
@@ -119,11 +119,12 @@ def _open(path: Path) -> Image.Image:
 
 def _regular(path: Path) -> BinaryIO:
     """The file, open; one that has no end, or that nobody may ever write into, is not waited for."""
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(number).st_mode):
+    if stat.S_ISREG(os.stat(path).st_mode):  # before it is opened, which a tape or a pipe would notice
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        if stat.S_ISREG(os.fstat(number).st_mode):
+            return os.fdopen(number, "rb")
         os.close(number)
-        raise _Wrong("is a directory, a pipe or a device: expected a file")
-    return os.fdopen(number, "rb")
+    raise _Wrong("is a directory, a pipe or a device: expected a file")
 
 
 def _scaled(array: NDArray[Any], *, wide: bool) -> Float32:
@@ -131,7 +132,7 @@ def _scaled(array: NDArray[Any], *, wide: bool) -> Float32:
     low, high = array.min(), array.max()
     is_float = array.dtype.kind == "f"
     largest = 65535 if is_float else np.iinfo(array.dtype).max
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         top = 65535
     elif wide:
         top = next((top for top in (*_RANGES, largest) if high <= top), 0)

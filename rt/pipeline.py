@@ -128,8 +128,9 @@ class Pipeline:
 
         Args:
             path: The directory that `rt build` wrote.
-            backend: openvino, onnxruntime or auto.
-            threads: Processors to use, all by default.
+            backend: One of `rt.backends.BACKENDS`, or auto: the best for the bundle of those that are here.
+            threads: Processors to use; by default OMP_NUM_THREADS, or all that this process may use, see
+                `rt.processors`.
 
         Raises:
             BundleError, IntegrityError, IncompatibleBundleError: The bundle cannot be used.
@@ -214,7 +215,7 @@ class Pipeline:
                 7.5 for the others, among them XL's inpainting.
             negative_prompt: What to keep away from, one for all prompts or one for each.
             num_images_per_prompt: Pictures of each prompt.
-            eta: Noise of DDIM and TCD, from 0 to 1.
+            eta: Noise of DDIM and TCD, from 0 to 1; other samplers have none and refuse all but 0.
             latents: Unit noise (N, C, h, w) to begin with, instead of the seeds'.
             output_type: "pil", "np" or "latent".
             callback_on_step_end: Called as (pipe, step, timestep, {"latents": (B, C, h, w)}) after each step of a
@@ -444,11 +445,13 @@ class Pipeline:
     ) -> OnStep:
         def on_step(step: int, rows: Sequence[RowState]) -> bool:
             if callback is not None:
-                given = {"latents": np.stack([row.latents for row in rows])} if shown else {}
+                seen = np.stack([row.latents for row in rows]) if shown else None
+                given = {} if seen is None else {"latents": seen.copy()}
                 result = callback(self, step, float(rows[0].schedule.timesteps[step]), given)
-                replaced = check_replaced(result, (len(rows), *shape))
-                for row, latents in zip(rows, replaced, strict=False):
-                    row.latents = latents
+                for index, latents in enumerate(check_replaced(result, (len(rows), *shape))):
+                    # A row that is steered rounds otherwise than one that is left alone.
+                    if seen is None or not np.array_equal(latents, seen[index]):
+                        rows[index].latents = latents
             return not self._interrupt
 
         return on_step

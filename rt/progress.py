@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ class Bar(Protocol):
     def advance(self) -> None:
         """One step is done."""
 
+    def above(self) -> AbstractContextManager[None]:
+        """In a `with` of it, what is printed on stdout does not run into the bar."""
+
 
 class _Silent:
     def describe(self, label: str) -> None:
@@ -30,6 +33,9 @@ class _Silent:
 
     def advance(self) -> None:
         pass
+
+    def above(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class _Terminal:
@@ -41,6 +47,10 @@ class _Terminal:
 
     def advance(self) -> None:
         self._bar.update()
+
+    def above(self) -> AbstractContextManager[None]:
+        paused: AbstractContextManager[None] = self._bar.external_write_mode(file=sys.stdout)
+        return paused
 
 
 @contextmanager

@@ -88,20 +88,21 @@ class Trajectory:
 
     @property
     def latents(self) -> Float32:
-        """The current x (C, h, w), a view; assign to it, or write into it, to steer."""
-        x = self._slot(_X + self.position % RING_X)
-        if set_apart(self.schedule, self._weights, self.position):
-            np.copyto(self._slot(_X + (self.position + 1) % RING_X), x)
+        """The current x (C, h, w), a view that cannot be written; assign to it to steer."""
+        x = self._x()
+        x.flags.writeable = False
         return x
 
     @latents.setter
     def latents(self, values: Float32) -> None:
-        np.copyto(self.latents, values)
+        x = self._x()
+        if set_apart(self.schedule, self._weights, self.position):
+            np.copyto(self._slot(_X + (self.position + 1) % RING_X), x)
+        np.copyto(x, values)
 
     def feed(self, latents: Float32) -> None:
         """Write the scaled latents, what the network is to see, into `latents` (C, h, w)."""
-        x = self._slot(_X + self.position % RING_X)
-        np.multiply(x, self.schedule.c_in[self.position], out=latents)
+        np.multiply(self._x(), self.schedule.c_in[self.position], out=latents)
 
     def guide_and_step(self, cond: Float32, uncond: Float32 | None) -> None:
         """Take the network's output (C, h, w), with or without guidance, and move to the next position.
@@ -133,6 +134,9 @@ class Trajectory:
         self._m += uncond
         if self._rescale:
             self._m *= np.float32(self._rescale * cond.std() / self._m.std() + 1 - self._rescale)
+
+    def _x(self) -> Float32:
+        return self._slot(_X + self.position % RING_X)
 
     def _slot(self, index: int) -> Float32:
         slot: Float32 = self._state[index].reshape(self._shape)

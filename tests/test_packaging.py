@@ -26,6 +26,7 @@ PACKAGES = ("rt", *(f"rt.{name}" for name in MAPPED))
 # A module imports only from levels before its own. The first part of its name below `rt` says its level.
 LEVELS = (
     "errors",
+    "whole",
     "expression",
     "json_file",
     "checkpoint_file",

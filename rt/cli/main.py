@@ -91,6 +91,9 @@ def main() -> NoReturn:
         code = cli.main(prog_name="rt", standalone_mode=False)
         check_written()
         sys.exit(code)
+    except BrokenPipeError:  # as click does within a command
+        abandon(sys.stdout)
+        sys.exit(1)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except RtError as error:

@@ -162,7 +162,6 @@ def command(
         settings["Clip skip"] = clip_skip + (2 if pipe.bundle.manifest.model.family is Family.SDXL else 1)
     if rng == "cpu":  # other tools take it for a GPU's where nothing is said
         settings["RNG"] = "CPU"
-    saved: list[Path] = []
 
     def keep(pipe: Pipeline, index: int, picture: Any) -> None:
         metadata = ImageMetadata(
@@ -180,36 +179,34 @@ def command(
             extra={**settings, **_loras(source.loras)},
         )
         save(paths[index], np.asarray(picture), metadata=None if no_metadata else metadata, overwrite=force)
-        saved.append(paths[index])
-
-    try:
-        with progress("draw", total=calls, quiet=quiet) as bar:
-            result = pipe(
-                prompts,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                guidance_interval=guidance_interval,
-                step_cache=step_cache,
-                clip_skip=clip_skip,
-                negative_prompt=negative_prompt,
-                num_images_per_prompt=num_images_per_prompt,
-                seed=seeds,
-                rng=rng,
-                scheduler=sampler,
-                image=image,
-                mask_image=mask,
-                callback_on_step_end=lambda *step: bar.advance(),
-                callback_on_step_end_tensor_inputs=[],
-                callback_on_image_end=keep,
-            )
-        for path in pages:
-            save(path, np.asarray(sheet(result.images, asked)), overwrite=force)
-    finally:  # also where the next picture failed or was not waited for
         if not as_json:
-            hand_out(*map(str, saved))
+            with bar.above():
+                hand_out(str(paths[index]))
+
+    with progress("draw", total=calls, quiet=quiet) as bar:
+        result = pipe(
+            prompts,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            step_cache=step_cache,
+            clip_skip=clip_skip,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seeds,
+            rng=rng,
+            scheduler=sampler,
+            image=image,
+            mask_image=mask,
+            callback_on_step_end=lambda *step: bar.advance(),
+            callback_on_step_end_tensor_inputs=[],
+            callback_on_image_end=keep,
+        )
+    for path in pages:
+        save(path, np.asarray(sheet(result.images, asked)), overwrite=force)
     if as_json:
         summary = {
             "images": [

@@ -7,11 +7,11 @@ the spacing of the noise levels may follow.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rt.errors import ConfigError, nearest
+from rt.errors import ConfigError, nearest, shown
 from rt.samplers.ddim import DDIM
 from rt.samplers.ddpm import DDPM
 from rt.samplers.deis import DEIS
@@ -191,6 +191,7 @@ _NAMED: Mapping[str, Named] = {
 }
 # The longest first: one may end in another.
 _SUFFIXES = sorted(_keyed(_SPACINGS).items(), key=lambda item: -len(item[0]))
+_LACKING_KEYS: Mapping[str, str] = _keyed(_LACKING)
 _LACKING_SUFFIXES = sorted(_keyed(_LACKING_SPACINGS).items(), key=lambda item: -len(item[0]))
 
 
@@ -203,21 +204,19 @@ def resolve(name: str) -> tuple[Named, str | None]:
     key = _key(name)
     if (named := _find(key)) is not None:
         return named, None
-    for suffix, spacing in _SUFFIXES:
-        if (named := _find(key.removesuffix(suffix))) is not None and key.endswith(suffix):
-            return named, spacing
-    for suffix, spacing in _LACKING_SUFFIXES:
-        if _find(key.removesuffix(suffix)) is not None:
-            raise ConfigError(
-                f"sampler {name!r} asks for a spacing that rt does not have; leave that word out, and give the "
-                f"nearest with --spacing {spacing} (spacing={spacing!r})."
-            )
-    lacking = _keyed(_LACKING).get(_bare(key))
+    if (found := _spaced(key, _SUFFIXES)) is not None:
+        return found
+    if (found := _spaced(key, _LACKING_SUFFIXES)) is not None:
+        raise ConfigError(
+            f"sampler {shown(name)} asks for a spacing that rt does not have; leave that word out, and give the "
+            f"nearest with --spacing {found[1]} (spacing={found[1]!r})."
+        )
+    lacking = _LACKING_KEYS.get(_bare(key))
     if lacking is not None:
-        unknown = f"rt does not have the sampler {name!r} (the nearest is {lacking!r})"
+        unknown = f"rt does not have the sampler {shown(name)} (the nearest is {lacking!r})"
     else:
         written = name.strip().lower().replace("++", "pp").replace(" ", "-").replace("_", "-")
-        unknown = f"unknown sampler {name!r}{nearest(written, SAMPLERS)}"
+        unknown = f"unknown sampler {shown(name)}{nearest(written, SAMPLERS)}"
     raise ConfigError(
         f"{unknown}; expected one of {', '.join(SAMPLERS)} "
         "(those over noise levels also with -karras or -exponential), a name that A1111 or ComfyUI has for "
@@ -227,6 +226,14 @@ def resolve(name: str) -> tuple[Named, str | None]:
 
 def _find(key: str) -> Named | None:
     return _NAMED.get(key) or _NAMED.get(_bare(key))
+
+
+def _spaced(key: str, suffixes: Sequence[tuple[str, str]]) -> tuple[Named, str] | None:
+    """The sampler and the spacing of a key that ends in one of `suffixes`."""
+    for suffix, spacing in suffixes:
+        if key.endswith(suffix) and (named := _find(key.removesuffix(suffix))) is not None:
+            return named, spacing
+    return None
 
 
 def _bare(key: str) -> str:
@@ -248,7 +255,7 @@ def spaced(sampler: type[Sampler], spacing: str) -> dict[str, Any]:
     if spacing not in valid:
         slug = next(slug for slug, entry in SLUGS.items() if entry.sampler is sampler)
         raise ConfigError(
-            f"spacing got {spacing!r}{nearest(str(spacing), valid)}; expected for {slug}: "
+            f"spacing got {shown(spacing)}{nearest(str(spacing), valid)}; expected for {slug}: "
             f"{', '.join(valid) or 'none'}. Leave it out, or choose another sampler."
         )
     options: dict[str, Any] = dict.fromkeys(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from rt.samplers.sampler import Sampler
 from rt.samplers.spacing import AYS_SPACINGS, align_your_steps
 from rt.samplers.table import Schedule
 from rt.samplers.tcd import TCD
+from rt.whole import is_whole
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Scheduler:
         asked = name if name is not None else config.get("_class_name")
         if not isinstance(asked, str):
             raise ConfigError(
-                f"scheduler_config.json names no sampler: '_class_name' is {asked!r}; expected a class of "
+                f"scheduler_config.json names no sampler: '_class_name' is {shown(asked)}; expected a class of "
                 f"diffusers. Give a name, one of {', '.join(SAMPLERS)}."
             )
+        config = {key: value for key, value in config.items() if key not in defaulted}
         if name is not None:
-            config = {key: value for key, value in config.items() if key not in defaulted}
             # A checkpoint that says nothing of clipping was not made to be clipped, whatever the other class's
             # default is: latents go far beyond 1.
             config = {"clip_sample": False, **config}
@@ -82,21 +83,16 @@ class Scheduler:
     def name(self) -> str:
         """Our slug with its suffix, or the class of diffusers where no slug says what its options do."""
         slug = self._slug()
-        return slug + self._suffix() if slug else self.class_name
+        return slug + self._suffix() if slug else self._class_name
 
     @property
     def label(self) -> str:
         """The label of the A1111 web UI, for the metadata of an image, such as `DPM++ 2M Karras`."""
         slug = self._slug()
-        base = SLUGS[slug].label if slug else self.class_name
+        base = SLUGS[slug].label if slug else self._class_name
         return base + (
             " Align Your Steps" if self.align_your_steps else self._suffix().replace("-", " ").title()
         )
-
-    @property
-    def class_name(self) -> str:
-        """The class of diffusers; none has DPM++ 2S a."""
-        return next(name for name, kind in CLASSES.items() if kind is type(self.sampler))
 
     def schedule(
         self, num_inference_steps: int, *, timesteps: Sequence[int] | None = None, eta: float | None = None
@@ -113,11 +109,7 @@ class Scheduler:
             ConfigError: a number of steps, timesteps or eta that the sampler cannot run.
         """
         total = self.sampler.num_train_timesteps
-        if (
-            type(num_inference_steps) is bool
-            or not isinstance(num_inference_steps, Integral)
-            or not 1 <= num_inference_steps <= total
-        ):
+        if not is_whole(num_inference_steps) or not 1 <= num_inference_steps <= total:
             raise ConfigError(
                 f"num_inference_steps got {shown(num_inference_steps)}; expected a whole number from 1 to "
                 f"{total}, the number of timesteps that the model was trained on."
@@ -129,6 +121,11 @@ class Scheduler:
             timesteps = align_your_steps(self.align_your_steps, num_inference_steps, sampler.noise)
         with np.errstate(all="ignore"):  # λ is infinite at σ = 0; what must be finite is checked by Table
             return sampler.schedule(int(num_inference_steps), timesteps)
+
+    @property
+    def _class_name(self) -> str:
+        """Of diffusers, which every sampler has but the one that is always its slug."""
+        return next(name for name, kind in CLASSES.items() if kind is type(self.sampler))
 
     def _slug(self) -> str | None:
         for slug, entry in SLUGS.items():
@@ -168,9 +165,7 @@ class Scheduler:
             given = list(islice(timesteps, total + 1))
         except Exception:  # an object's own
             given = []
-        whole = bool(given) and all(
-            isinstance(step, Integral) and not isinstance(step, bool) for step in given
-        )
+        whole = bool(given) and all(map(is_whole, given))
         if whole and len(given) != steps:
             raise ConfigError(
                 f"{self.name}: got {len(given)} timesteps for {steps} steps; expected as many. "

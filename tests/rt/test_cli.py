@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from PIL import Image
 from rt import session
 from rt.backends import BACKENDS, ON_HOST, Availability, get, inductor, openvino_cpu, ort_cpu
 from rt.bundle import MANIFEST, Bundle
+from rt.cli import run
 from rt.cli.main import main
 from rt.errors import RtError
 from rt.model import Component
@@ -406,7 +408,7 @@ def test_usage_of_build(rt: Rt, tmp_path: Path, args: list[str], words: list[str
         (["-n", 10**12], ["num_images_per_prompt is 1000000000000", "at most 65536 pictures"]),
         (["-n", 40000, "-p", "another"], ["at most 65536 pictures"]),
         (["--height", 10**9], ["1000000000 x any", "built for 64 x 64"]),
-        (["--threads", 10**9], ["threads is 1000000000", "at most 1024"]),
+        (["--threads", 10**9], ["threads is 1000000000", "from 1 to 1024"]),
         (["--seed", 2**64 - 1, "-n", 2], ["seed 18446744073709551616 does not fit into 64 bits"]),
         (["--prompt", "a\udcff"], ["prompt is not a string of valid Unicode", r"'a\udcff'"]),
         (["--negative-prompt", "\udcff"], ["negative_prompt is not a string of valid Unicode"]),
@@ -711,6 +713,54 @@ def test_a_reader_that_leaves_early_gets_no_traceback(demo_bundle: Path) -> None
     )
     os.close(writing)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error_wherever_it_is_noticed(
+    rt: Rt, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a verb or when the last of its output is brought out."""
+
+    def leave() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    module = sys.modules["rt.cli.main"]  # whose name in its package is the function's
+    monkeypatch.setattr(module, "check_written", leave)
+    monkeypatch.setattr(module, "abandon", lambda stream: None)
+    result = rt("inspect", demo_bundle)
+    assert (result.code, result.err) == (1, "")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_paths_are_printed_as_pictures_are_done(
+    rt: Rt, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """To read while others are drawn; a file that cannot be said is kept, and what went wrong is not hidden."""
+    files, printed = [], []
+
+    def hand_out(*lines: str) -> None:
+        printed.append(lines)
+        files.append(sorted(path.name for path in tmp_path.iterdir()))
+        if len(printed) == 2:
+            raise RtError("cannot write to stdout: full")
+
+    monkeypatch.setattr(run, "hand_out", hand_out)
+    result = rt("run", demo_bundle, "-p", "x", *FAST, "-n", 3, "-o", "{index}.png", *options)
+    if options:
+        assert result.code == 0 and files == [["0.png", "1.png", "2.png"]]
+        return
+    assert (result.code, result.error) == (1, "cannot write to stdout: full")
+    assert printed == [("0.png",), ("1.png",)] and files == [["0.png"], ["0.png", "1.png"]]
+
+
+def test_another_error_is_not_hidden_by_a_full_stdout(
+    rt: Rt, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RtError("the disk went away")
+
+    monkeypatch.setattr(run, "save", fail)
+    monkeypatch.setattr(run, "hand_out", lambda *_: pytest.fail("nothing is there to say"))
+    assert rt("run", demo_bundle, "-p", "x", *FAST).error == "the disk went away"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ ONLY_OURS = {
     "step_cache": "each step, which is off",
     "image": "one call is for text to image and for inpainting",
     "mask_image": "one call is for text to image and for inpainting",
+    "callback_on_image_end": "None, which is off; they give all pictures at the end",
     "guidance_rescale": "0, which is off, and StableDiffusionInpaintPipeline does not have it",
 }
 ONLY_THEIRS = {
@@ -52,7 +53,6 @@ ONLY_THEIRS = {
     "negative_crops_coords_top_left": "(0, 0), as theirs",
     "aesthetic_score": "of refiners, which are not supported",
     "negative_aesthetic_score": "of refiners, which are not supported",
-    "clip_skip": "None, which is off",
     **dict.fromkeys(("prompt_2", "negative_prompt_2"), "the first prompt, as when they leave it out"),
     **dict.fromkeys(
         (
@@ -106,6 +106,8 @@ def test_every_default_is_that_of_diffusers(family, inpainting):
         assert name in theirs or name in ONLY_OURS, name
         assert value == theirs.get(name, value), name
     assert theirs.keys() - ours.keys() - {"prompt"} <= ONLY_THEIRS.keys()
+    assert ours.keys().isdisjoint(ONLY_THEIRS)
+    assert ours.keys() >= ONLY_OURS.keys()
 
 
 def test_every_default_of_the_command_line_is_that_of_the_library():
@@ -121,6 +123,7 @@ def test_every_default_of_the_command_line_is_that_of_the_library():
     assert compared >= {
         "height", "width", "num_inference_steps", "guidance_scale", "guidance_rescale", "negative_prompt", "seed",
         "num_images_per_prompt", "scheduler", "rng", "step_cache", "guidance_interval", "image", "mask_image",
+        "clip_skip",
     }  # fmt: skip
 
 

@@ -154,6 +154,33 @@ def test_a_photograph_is_turned_upright(colours: np.ndarray, tmp_path: Path) -> 
     np.testing.assert_array_equal(levels(tmp_path / "a.png", "image", OTHER, "RGB"), expected)
 
 
+@pytest.mark.parametrize("top", [1, 200, 255, 40_000])
+@pytest.mark.parametrize("kind", ["u2", "i2", "i4", "u4", "i8", "f2", "f4", "f8"])
+def test_the_order_of_bytes_does_not_matter(kind: str, top: int) -> None:
+    """Nor does how bright it is to the range of 16 bits."""
+    array = np.random.default_rng().integers(0, top, SIZE[::-1], endpoint=True)
+    array[0, 0] = top
+    array = array / top if kind[0] == "f" else array.clip(0, np.iinfo(kind).max)
+    little, big = (levels(array.astype(order + kind), "image", SIZE, "RGB") for order in "<>")
+    np.testing.assert_array_equal(little, big)
+    if kind == "u2":
+        np.testing.assert_array_equal(little[..., 0], (array / 65535).astype(np.float32))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B"])
+def test_dark_pictures_of_16_bits(mode: str, tmp_path: Path) -> None:
+    dark = np.random.default_rng().integers(0, 200, SIZE[::-1])
+    order = ">" if mode == "I;16B" else "<"
+    image = Image.frombytes(mode, SIZE, dark.astype(f"{order}u2").tobytes())
+    given: list[Any] = [image]
+    if mode != "I;16L":  # which no file has
+        image.save(tmp_path / "a.tiff")
+        given.append(tmp_path / "a.tiff")
+    for each in given:
+        found = levels(each, "image", SIZE, "RGB")
+        np.testing.assert_array_equal(found[..., 0], (dark / 65535).astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -177,6 +204,7 @@ def test_a_photograph_is_turned_upright(colours: np.ndarray, tmp_path: Path) -> 
         (Image.fromarray(np.full((4, 4), -1, np.int32)), "has levels from -1 to -1, as int32"),
         (Image.fromarray(np.full((4, 4), 1.02, np.float32)), "has levels from 1.02 to 1.02, as float32"),
         (Image.fromarray(np.full((4, 4), 1e6, np.float32)), "has levels from 1e+06 to 1e+06"),
+        ("no\x1b[31m\n\udcff.png", r"no\x1b[31m\n\udcff.png cannot be read: No such file"),
         ("none.png", "none.png cannot be read: No such file or directory"),
         ("\0", "is damaged or of a kind that cannot be read (ValueError: embedded null byte)"),
         ("x" * 300, "cannot be read: File name too long"),
@@ -186,7 +214,7 @@ def test_a_photograph_is_turned_upright(colours: np.ndarray, tmp_path: Path) -> 
     ],
     ids=str.split(
         "none int bytes text ragged complex object channels-first batch empty no-pixels beyond of-255 negative "
-        "nan inf negative-int negative-I overshoot-F huge-F missing nul long zero folder grad"
+        "nan inf negative-int negative-I overshoot-F huge-F steering missing nul long zero folder grad"
     ),
 )  # fmt: skip
 def test_what_is_no_picture(given: Any, says: str) -> None:
@@ -201,6 +229,14 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         with pytest.raises(ConfigError, match="is a directory, a pipe or a device"):
             levels(tmp_path / name, "image", (8, 8), "RGB")
+
+
+def test_what_is_no_file_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape would rewind, and who writes into a pipe would see a reader come and go."""
+    os.mkfifo(tmp_path / "a.png")
+    monkeypatch.setattr("rt.picture.os.open", lambda *_: pytest.fail("opened"))
+    with pytest.raises(ConfigError, match="is a directory, a pipe or a device"):
+        levels(tmp_path / "a.png", "image", (8, 8), "RGB")
 
 
 def test_no_program_is_started_to_read_a_picture(tmp_path: Path) -> None:

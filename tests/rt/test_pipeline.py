@@ -315,6 +315,17 @@ def test_an_error_when_a_picture_is_done_passes_through(pipe, words):
     assert pipe(words(), **FAST).images
 
 
+@pytest.mark.parametrize("name", ["dpmpp-sde", "unipc", "heun"])
+def test_a_callback_that_only_looks_changes_nothing(pipe, words, name):
+    """Nor does one that gives back what it was shown, as many do."""
+    arguments = {"seed": 5, "num_inference_steps": 4, "scheduler": name, "output_type": "latent"}
+    prompt = words()
+    expected = pipe(prompt, **arguments).images
+    for callback in (lambda p, step, t, given: None, lambda p, step, t, given: given):
+        seen = pipe(prompt, callback_on_step_end=callback, **arguments).images
+        np.testing.assert_array_equal(seen, expected)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_callback_may_replace_the_latents(pipe, words, rng, in_place):
     other = rng.standard_normal((2, *LATENTS), dtype=np.float32)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,15 @@ def child(what, act, leave=os._exit):
     assert os.waitpid(pid, 0)[1] == 0, what
 
 pipe = open()
-child("opened, draws", lambda: draw(pipe))
+
+def as_its_own():
+    first = draw(pipe)
+    child("opened, its child draws", lambda: draw(pipe))
+    assert (draw(pipe) == first).all()
+    pipe.close()
+    assert not pipe.engines._loaded
+
+child("opened, draws", as_its_own)
 expected = draw(pipe)
 
 def own():
@@ -78,6 +87,7 @@ SAID = "BackendError these engines were loaded before the process forked"
 def test_after_a_fork(demo_bundle: Path, backend: str) -> None:
     lines = run(FORKS, demo_bundle, backend)
     assert [line.partition(", and")[0] for line in lines] == [
+        f"opened, its child draws: {SAID}",
         "opened, draws",
         f"drawn, draws: {SAID}",
         "drawn, opens its own",
@@ -87,7 +97,7 @@ def test_after_a_fork(demo_bundle: Path, backend: str) -> None:
         "drawing, opens its own",
         "parent",
     ]
-    assert lines[1].endswith("; open the bundle after the fork, in each process its own")
+    assert lines[0].endswith("; open the bundle after the fork, in each process its own")
 
 
 ENDS = """
@@ -145,19 +155,27 @@ def test_a_pool_and_an_exit_handler_still_draw(demo_bundle: Path) -> None:
 
 
 def run(program: str, *arguments: object, code: int = 0) -> list[str]:
-    """Lines that it prints; nothing on stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=240
-    )
-    assert (done.returncode, done.stderr) == (code, "")
-    return done.stdout.splitlines()
+    """Lines that it prints; nothing on stderr. The limit of the test ends it, and its children."""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, err) == (code, "")
+    return out.splitlines()
 
 
 def in_child(act: Callable[[], None]) -> str:
-    """What `act` raises in a forked child, or ""; killed after 20 s."""
+    """What `act` raises in a forked child, or ""; the limit of the test ends the child."""
     read, write = os.pipe()
     if (pid := os.fork()) == 0:
-        signal.alarm(20)
         try:
             act()
         except BackendError as error:
@@ -165,9 +183,15 @@ def in_child(act: Callable[[], None]) -> str:
         finally:
             os._exit(0)
     os.close(write)
-    with os.fdopen(read) as file:
-        said = file.read()
-    assert os.waitpid(pid, 0)[1] == 0
+    try:
+        with os.fdopen(read) as file:
+            said = file.read()
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        status = os.waitpid(pid, 0)[1]
+    assert status == 0
     return said
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -42,6 +43,30 @@ def test_quiet_is_silent_on_a_terminal_too(
         bar.describe("x")
         bar.advance()
     assert capsys.readouterr() == ("", "")
+
+
+ABOVE = """
+from rt.progress import progress
+with progress("draw", total=4) as bar:
+    for name in ("a.png", "b.png"):
+        bar.advance()
+        with bar.above():
+            print(name, flush=True)
+"""
+
+
+def test_what_is_printed_on_the_same_terminal_does_not_run_into_the_bar() -> None:
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    child = subprocess.Popen([sys.executable, "-c", ABOVE], stdout=side, stderr=side)
+    os.close(side)
+    seen = b""
+    with os.fdopen(main, "rb", buffering=0) as terminal, suppress(OSError):  # the other side is closed
+        while more := terminal.read(4096):
+            seen += more
+    assert child.wait() == 0
+    written = [line.rpartition("\r")[2] for line in seen.decode().replace("\r\n", "\n").split("\n")]
+    assert written[:2] == ["a.png", "b.png"] and "draw:" in seen.decode()
 
 
 def test_a_terminal_sees_stage_step_rate_and_time_left_redrawn_while_a_step_hangs() -> None:

@@ -189,7 +189,7 @@ def test_a_step_outside_the_interval_follows_the_prompt_alone(session, rng):
 
     def steer(step: int, trajectories: Sequence[Trajectory]) -> bool:
         if step == 0:
-            trajectories[0].latents[...] = kept[0]
+            trajectories[0].latents = kept[0]
         return True
 
     expected = session.denoise([replace(shortened(make, 2), uncond=None)], steer)[0]

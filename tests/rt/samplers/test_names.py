@@ -138,6 +138,18 @@ def test_spacings_of_others_that_are_not_here(name: str, spacing: str) -> None:
 def test_a_name_that_nobody_has() -> None:
     with pytest.raises(ConfigError, match=r"unknown sampler 'dpmpp-2sd' \(did you mean 'dpmpp-2s'\?\)"):
         Scheduler.from_config(CONFIG, "dpmpp-2sd")
-    for name in ("", " ", "k", "karras", "sample", "++", "é", "a" * 3000):
-        with pytest.raises(ConfigError, match="unknown sampler"):
-            Scheduler.from_config(CONFIG, name)
+    for name in ("", " ", "k", "karras", "sample", "++", "é", "a" * 3000, "\x1b[31m\n\udcff"):
+        check_message("unknown sampler", name)
+
+
+def check_message(says: str, name: str, **options: Any) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        Scheduler.from_config(CONFIG, name, **options)
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
+
+
+def test_messages_are_short_and_on_one_line() -> None:
+    for blank in (" " * 3000, "\n\t\r"):
+        check_message("asks for a spacing that rt does not have", f"euler{blank}beta")
+        check_message("rt does not have the sampler", f"dpm{blank}fast")
+        check_message("spacing got", "euler", spacing=f"karras{blank}")

@@ -11,7 +11,7 @@ import pytest
 
 from rt.errors import ConfigError
 from rt.samplers import SAMPLERS, SPACINGS, Scheduler
-from rt.samplers.scheduler import _CLASSES
+from rt.samplers.names import CLASSES
 
 NAMES = {
     "ddim": ("ddim", "DDIM"),
@@ -91,6 +91,8 @@ def test_defaults_of_the_first_class_do_not_carry_over(base_config: dict[str, An
     """`pipe.scheduler.config` lists which of its values are only the defaults of its class."""
     config = base_config | {"timestep_spacing": "leading", "_use_default_values": ["timestep_spacing"]}
     assert Scheduler.from_config(config, "euler").sampler.timestep_spacing == "linspace"
+    same = {**config, "_class_name": "EulerDiscreteScheduler"}
+    assert Scheduler.from_config(same).sampler.timestep_spacing == "linspace"
 
 
 def test_null_is_the_default(base_config: dict[str, Any]) -> None:
@@ -193,7 +195,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("lcm", {"clip_sample": True}, "LCM: clip_sample got True"),
     ("ddim", {"timestep_spacing": "leadin"}, "got 'leadin'; .*did you mean 'leading'"),
     ("ddim", {"steps_offset": "1"}, "steps_offset got '1'; expected a value like 0"),
-    ("ddim", {"num_train_timesteps": 1}, "num_train_timesteps got 1; expected from 2 to 100000"),
+    ("ddim", {"num_train_timesteps": 1}, "num_train_timesteps got 1; expected 2 to 100,000"),
     (
         "ddim",
         {"trained_betas": [0.1, 0.2]},
@@ -312,10 +314,10 @@ def test_align_your_steps_limits(base_config: dict[str, Any]) -> None:
         ("euler", [500, 999], "expected each below the one before"),
         ("euler", [1000, 500], "from at most 999 to at least 0"),
         ("euler", [5, -1], "from at most 999 to at least 0"),
-        ("euler", ["a", "b"], r"timesteps got \['a', 'b'\]; expected a list of numbers"),
-        ("euler", "ab", "timesteps got 'ab'; expected a list of numbers"),
-        ("euler", 5, "timesteps got 5; expected a list of numbers"),
-        ("euler", [[1], [2]], "expected a list of numbers"),
+        ("euler", ["a", "b"], r"timesteps got \['a', 'b'\]; expected each below the one before"),
+        ("euler", "ab", "timesteps got 'ab'; expected each below the one before"),
+        ("euler", 5, "timesteps got 5; expected each below the one before"),
+        ("euler", [[1], [2]], "expected each below the one before"),
     ],
 )
 def test_timesteps(name: str, timesteps: list[int], message: str, base_config: dict[str, Any]) -> None:
@@ -345,10 +347,10 @@ _ANYTHING = (
 )
 
 
-@pytest.mark.parametrize("class_name", sorted(_CLASSES))
+@pytest.mark.parametrize("class_name", sorted(CLASSES))
 def test_anything_in_any_option_is_a_schedule_or_a_config_error(class_name: str) -> None:
     """A manifest holds the scheduler's config as it is, and it is read at the first picture."""
-    for option in _CLASSES[class_name].options():
+    for option in CLASSES[class_name].options():
         for junk in _ANYTHING:
             config = {"_class_name": class_name, "skip_prk_steps": True, option.name: junk}
             try:
