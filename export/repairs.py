@@ -17,6 +17,7 @@ from diffusers import schedulers
 from packaging.version import InvalidVersion, Version
 
 from rt.errors import CheckpointError, shown
+from rt.samplers.scheduler import REPAIRED
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,11 @@ def scheduler_config(index: Mapping[str, Any], config: Mapping[str, Any], where:
     """What `pipe.scheduler.config` is in diffusers, of the values that `config` has or that were repaired.
 
     The class is the one that `model_index.json` names, the options are those of scheduler_config.json. A repaired
-    option that `config` lacks is listed in `_use_default_values`: another class does not take it over.
+    option that `config` lacks is listed in `REPAIRED`: another class does not take it over.
     """
     defaulted = _list(config.get("_use_default_values"))
-    scheduler = {k: v for k, v in config.items() if k != "_use_default_values" and k not in defaulted}
+    ours = ("_use_default_values", REPAIRED)
+    scheduler = {k: v for k, v in config.items() if k not in ours and k not in defaulted}
     if (named := _named(index)) is not None:
         if (own := scheduler.get("_class_name")) not in (None, named):
             logger.info(
@@ -80,7 +82,7 @@ def scheduler_config(index: Mapping[str, Any], config: Mapping[str, Any], where:
             ),
         )
     if absent := [repair.option for repair in repairs if repair.option not in scheduler]:
-        scheduler["_use_default_values"] = absent
+        scheduler[REPAIRED] = absent
     return scheduler | {repair.option: repair.right for repair in repairs}
 
 

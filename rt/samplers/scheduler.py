@@ -19,6 +19,9 @@ from rt.samplers.table import Schedule
 from rt.samplers.tcd import TCD
 from rt.whole import is_whole
 
+REPAIRED = "_repaired"
+"""In a config: the options that it lacked and that diffusers' pipeline sets for its own class."""
+
 
 @dataclass(frozen=True)
 class Scheduler:
@@ -45,7 +48,7 @@ class Scheduler:
         suffix is a spacing of noise levels. What it does not say stays as in `config`, Karras included.
 
         Args:
-            config: the contents of diffusers' scheduler_config.json, or `pipe.scheduler.config`.
+            config: the contents of diffusers' scheduler_config.json, or what `ModelSpec.scheduler` made of them.
             name: a slug of `SAMPLERS` with or without suffix, a class of diffusers, or what the A1111 web UI or
                 ComfyUI call it, see `rt.samplers.names`; by default the `_class_name` of `config`.
             spacing: one of `SPACINGS`, in place of all that `config` and `name` say about it.
@@ -58,9 +61,13 @@ class Scheduler:
         for what, value in (("sampler", name), ("spacing", spacing)):
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{what} is {shown(value)}; expected a name, or None")
-        defaulted = config.get("_use_default_values", ())
-        if not isinstance(defaulted, list | tuple):
-            raise ConfigError(f"_use_default_values got {shown(defaulted)}; expected a list of names.")
+        # Another class than the checkpoint's own takes its default for what diffusers' pipeline had repaired.
+        lists = ("_use_default_values",) if name is None else ("_use_default_values", REPAIRED)
+        defaulted: set[object] = set()
+        for key in lists:
+            if not isinstance(names := config.get(key, ()), list | tuple):
+                raise ConfigError(f"{key} got {shown(names)}; expected a list of names.")
+            defaulted.update(option for option in names if isinstance(option, str))
         asked = name if name is not None else config.get("_class_name")
         if not isinstance(asked, str):
             raise ConfigError(

@@ -21,6 +21,7 @@ from rt.export.build import default_profiles
 from rt.export.checkpoint import open_checkpoint
 from rt.export.repairs import sample_size, scheduler_config
 from rt.samplers import Scheduler
+from rt.samplers.scheduler import REPAIRED
 
 PIPELINES = [
     f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "XL", "XLImg2Img", "XLInpaint")
@@ -91,7 +92,7 @@ def test_schedulers_are_repaired_as_in_diffusers(pipeline: str) -> None:
             theirs = pipeline_of(pipeline, getattr(diffusers, named).from_config(config)).scheduler
         except TypeError:
             continue  # null, where the class wants a number
-        for key in set(ours) - {"_use_default_values", "_class_name"}:
+        for key in set(ours) - {REPAIRED, "_class_name"}:
             assert ours[key] == theirs.config[key], (key, config)
         try:
             if name is not None:
