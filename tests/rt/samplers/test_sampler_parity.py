@@ -222,7 +222,7 @@ def test_table_is_diffusers_as_it_runs(
     """Not promoted to float64: what a user of diffusers runs. Measured: 1e-7 to 8e-7."""
     scheduler = Scheduler.from_config(base_config, name)
     config = base_config | SLUGS[name].options
-    reference = diffusers_probe(scheduler.class_name, config, 20, promote=False)
+    reference = diffusers_probe(scheduler._class_name, config, 20, promote=False)
     assert table_probe(scheduler.schedule(20)).difference(reference) < 5e-6
 
 
