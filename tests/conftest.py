@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     limit = float(own.args[0] if own else item.config.getini("timeout"))
     item.add_marker(pytest.mark.timeout(limit * SPEED.slowness()), append=False)
     return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first: what begins last is short, and no worker waits alone for the other."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
