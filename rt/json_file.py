@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LIMIT = 16 << 20
 """Bytes of the largest file that is read: four times CLIP's `tokenizer.json`, and Python makes 0.5 GB of the worst."""
@@ -36,13 +36,29 @@ def read_bounded(path: Path, *, limit: int = LIMIT) -> bytes:
     Raises:
         OSError: It is missing, no plain file, too large or unreadable; `strerror` says which in a few words.
     """
-    _check_kind(path, os.stat(path), limit)  # before it is opened, which a tape or a pipe would notice
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        _check_kind(path, os.fstat(file.fileno()), limit)
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise _too_large(path, limit)
         raw = file.read(limit + 1)
     if len(raw) > limit:  # it grew, or is of /proc, where sizes are 0
         raise _too_large(path, limit)
     return raw
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A plain file, or one that a link leads to, open to be read; never waits.
+
+    Raises:
+        OSError: It is missing, no plain file or unreadable; `strerror` says which in a few words.
+    """
+    _check_kind(path, os.stat(path))  # before it is opened, which a tape or a pipe would notice
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 the caller's
+    try:
+        _check_kind(path, os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def parse_json(raw: bytes, *, make_object: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
@@ -76,15 +92,13 @@ def parse_json(raw: bytes, *, make_object: Callable[[list[tuple[str, Any]]], Any
     return value
 
 
-def _check_kind(path: Path, status: os.stat_result, limit: int) -> None:
+def _check_kind(path: Path, status: os.stat_result) -> None:
     mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     for is_kind, name in _KINDS:
         if is_kind(mode):
             raise OSError(errno.EINVAL, f"{name}, not a file", str(path))
-    if status.st_size > limit:
-        raise _too_large(path, limit)
 
 
 def _too_large(path: Path, limit: int) -> OSError:

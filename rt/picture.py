@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rt.errors import ConfigError, RtError, printable
+from rt.json_file import open_plain
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,22 +109,12 @@ def _open(path: Path) -> Image.Image:
 
     Image.init()  # so that it knows all formats of its own
     known = [format for format in FORMATS if format in Image.OPEN]
-    with _regular(path) as file:
+    with open_plain(path) as file:
         try:
             opened = Image.open(file, formats=known)
         except (UnidentifiedImageError, Image.DecompressionBombError):
             raise _Wrong("is no picture of a usual kind and size: expected PNG, JPEG or WebP") from None
         return ImageOps.exif_transpose(opened)
-
-
-def _regular(path: Path) -> BinaryIO:
-    """The file, open; one that has no end, or that nobody may ever write into, is not waited for."""
-    if stat.S_ISREG(os.stat(path).st_mode):  # before it is opened, which a tape or a pipe would notice
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        if stat.S_ISREG(os.fstat(number).st_mode):
-            return os.fdopen(number, "rb")
-        os.close(number)
-    raise _Wrong("is a directory, a pipe or a device: expected a file")
 
 
 def _scaled(array: NDArray[Any], *, wide: bool) -> Float32:

@@ -226,7 +226,7 @@ def test_command_line(bundle: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     endless = rt("--image", "pipe.png", "--mask", "/dev/zero", "-o", "other.png")
     assert endless.returncode == 2
-    assert endless.stderr == "error: image pipe.png is a directory, a pipe or a device: expected a file\n"
+    assert endless.stderr == "error: image pipe.png cannot be read: a pipe, not a file\n"
     refused = rt("--image", "in.png", "-o", "other.png")
     assert refused.returncode == 2 and "--image and --mask" in refused.stderr
     assert not (tmp_path / "other.png").exists()

@@ -208,8 +208,8 @@ def test_dark_pictures_of_16_bits(mode: str, tmp_path: Path) -> None:
         ("none.png", "none.png cannot be read: No such file or directory"),
         ("\0", "is damaged or of a kind that cannot be read (ValueError: embedded null byte)"),
         ("x" * 300, "cannot be read: File name too long"),
-        ("/dev/zero", "/dev/zero is a directory, a pipe or a device: expected a file"),
-        ("/", "/ is a directory, a pipe or a device"),
+        ("/dev/zero", "/dev/zero cannot be read: a device, not a file"),
+        ("/", "/ cannot be read: Is a directory"),
         (torch.zeros(4, 4, requires_grad=True), "(RuntimeError: "),
     ],
     ids=str.split(
@@ -226,16 +226,16 @@ def test_what_is_no_picture(given: Any, says: str) -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("/dev/zero")
-    for name in ("a.png", "b.png"):
-        with pytest.raises(ConfigError, match="is a directory, a pipe or a device"):
+    for name, what in (("a.png", "a pipe"), ("b.png", "a device")):
+        with pytest.raises(ConfigError, match=f"{name} cannot be read: {what}, not a file"):
             levels(tmp_path / name, "image", (8, 8), "RGB")
 
 
 def test_what_is_no_file_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape would rewind, and who writes into a pipe would see a reader come and go."""
     os.mkfifo(tmp_path / "a.png")
-    monkeypatch.setattr("rt.picture.os.open", lambda *_: pytest.fail("opened"))
-    with pytest.raises(ConfigError, match="is a directory, a pipe or a device"):
+    monkeypatch.setattr("rt.json_file.os.open", lambda *_: pytest.fail("opened"))
+    with pytest.raises(ConfigError, match="cannot be read: a pipe, not a file"):
         levels(tmp_path / "a.png", "image", (8, 8), "RGB")
 
 
