@@ -20,7 +20,7 @@ from torch import nn
 from rt.export.operators import DOMAIN, functions, translations
 from rt.export.passes.quantize import IN_ONNX
 from rt.export.program import Program
-from rt.export.torch_tables import tables_made_once
+from rt.export.torch_rework import without_rework
 
 # The newest that every engine we target reads whole: GroupNormalization and Gelu stay single operators,
 # attention becomes MatMul and Softmax, which they fuse themselves.
@@ -76,7 +76,7 @@ class WeightFile:
 
 def lower(program: Program, module: nn.Module, weights: WeightFile, path: Path) -> None:
     """Write `module`, which computes `program` in its final precision, as `path`."""
-    with torch.no_grad(), _quiet(), tables_made_once():
+    with torch.no_grad(), _quiet(), without_rework():
         exported = torch.export.export(module, (), dict(program.inputs), strict=False)
         onnx_program = torch.onnx.export(
             exported,

@@ -12,6 +12,7 @@ from rt.bundle import PassRecord
 from rt.export.passes.cost import cost
 from rt.export.passes.fold import fold
 from rt.export.passes.simplify import simplify
+from rt.export.torch_rework import without_rework
 from rt.model import Component
 from rt.shapes import ShapeProfile
 
@@ -65,7 +66,7 @@ def trace_program(
     guided: bool = False,
 ) -> Program:
     """Trace `wrapper` on `inputs`, before decomposition, and drop what inference does not need."""
-    with torch.no_grad():
+    with torch.no_grad(), without_rework():
         exported = torch.export.export(wrapper.eval(), (), dict(inputs), strict=False)
         program = Program(
             name=name,

@@ -72,12 +72,15 @@ def trace_unet(
     size = min(profiles, key=lambda profile: profile.height * profile.width)
     times = trace_step(module, spec, replace(size, batch_size=TIME_ROWS), text)
     yield split_time(times)[0]
-    texts = trace_step(module, spec, replace(size, batch_size=1), text)
-    yield split_context(texts)[0]
+    context, alone = split_context(trace_step(module, spec, replace(size, batch_size=1), text))
+    yield context
     for profile, guided in itertools.product(profiles, (True, False)):
-        step = trace_step(module, spec, profile, text, guided=guided)
-        step = step.rewritten("sink", sink) if guided else step
-        step = split_time(split_context(step)[1])[1]
+        if (profile, guided) == (alone.profile, alone.guided):  # traced already
+            step = alone
+        else:
+            step = trace_step(module, spec, profile, text, guided=guided)
+            step = split_context(step.rewritten("sink", sink) if guided else step)[1]
+        step = split_time(step)[1]
         yield from split_step(step) if step_cache else (step,)
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import itertools
 import os
 import re
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from rt.processors import cpu_count
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import it without rt
+# Before torch starts its threads: a worker has its share of the processors, or they wait for each other in busy loops.
+os.environ["OMP_NUM_THREADS"] = str(
+    max(1, cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 # A run that was started in the background ignores Ctrl-C, and would hand that on to the commands under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -59,9 +66,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first: what begins last is short, and no worker waits alone for the other."""
+    """The files with the most slow tests first, by turns one that needs shared bundles and one that does not.
+
+    What begins last is short then, and two workers rarely wait for the same bundle.
+    """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    sharing = {item.path for item in items if "build_bundle" in getattr(item, "fixturenames", ())}
+    files = sorted(dict.fromkeys(item.path for item in items), key=lambda path: -slow[path])
+    turns: dict[bool, Iterator[int]] = {True: itertools.count(0, 2), False: itertools.count(1, 2)}
+    place = {path: next(turns[path in sharing]) for path in files}
+    items.sort(key=lambda item: place[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -137,8 +137,11 @@ class _CastInterpreter(fx.Interpreter):
 
 
 def _to(dtype: torch.dtype, tree: Any) -> Any:
+    """Floats that have another format cast to `dtype`, by the one operator that nothing needs to decompose."""
+
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.itemsize > 1 else tensor  # fp8 stays
+        other = tensor.is_floating_point() and tensor.itemsize > 1 and tensor.dtype is not dtype  # fp8 stays
+        return aten._to_copy.default(tensor, dtype=dtype) if other else tensor
 
     return tree_map_only(Tensor, cast, tree)
 

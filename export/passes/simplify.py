@@ -23,8 +23,8 @@ def simplify(module: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
         elif node.target in _CASTS:
-            node.target, node.kwargs = aten.to.dtype, {}
-            node.args = (node.all_input_nodes[0], node.meta["val"].dtype)
+            node.target, node.kwargs = aten._to_copy.default, {"dtype": node.meta["val"].dtype}
+            node.args = (node.all_input_nodes[0],)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module

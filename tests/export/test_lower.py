@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rt.backends import Form, get
 from rt.bundle import Bundle
 from rt.config import DType
-from rt.export import torch_tables
+from rt.export import torch_rework
 from rt.export.lower import OPSET, WeightFile, lower
 from rt.export.program import Program
 from rt.model import Component
@@ -164,7 +164,7 @@ def test_the_tables_of_torch_are_made_once_and_no_export_writes_into_those_of_th
 
     made = []
     original = _registration.ONNXRegistry.__dict__["from_torchlib"]
-    monkeypatch.setattr(torch_tables, "_TRANSLATIONS", {})
+    monkeypatch.setattr(torch_rework, "_TRANSLATIONS", {})
     monkeypatch.setattr(
         _registration.ONNXRegistry,
         "from_torchlib",
@@ -172,11 +172,11 @@ def test_the_tables_of_torch_are_made_once_and_no_export_writes_into_those_of_th
     )
     counted = _registration.ONNXRegistry.__dict__["from_torchlib"]
     look_up = utils._materialize_cpp_cia_ops
-    with torch_tables.tables_made_once():
+    with torch_rework.without_rework():
         first = _registration.ONNXRegistry.from_torchlib(opset_version=21)
         first.register_op(torch.ops.aten.relu.default, lambda x: x)
         second = _registration.ONNXRegistry.from_torchlib(opset_version=21)
-    with torch_tables.tables_made_once():
+    with torch_rework.without_rework():
         third = _registration.ONNXRegistry.from_torchlib(opset_version=21)
     assert len(made) == 1
     relu = torch.ops.aten.relu.default
@@ -191,6 +191,6 @@ def test_a_torch_without_these_tables_exports_as_it_likes(monkeypatch: pytest.Mo
 
     monkeypatch.delattr(_registration, "ONNXRegistry")
     monkeypatch.delattr(utils, "_materialize_cpp_cia_ops")
-    with torch_tables.tables_made_once():
+    with torch_rework.without_rework():
         pass
     assert not hasattr(_registration, "ONNXRegistry") and not hasattr(utils, "_materialize_cpp_cia_ops")

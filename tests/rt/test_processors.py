@@ -186,7 +186,8 @@ def test_without_avx2_openvino_gives_way_to_onnxruntime(monkeypatch: pytest.Monk
     from rt.backends import openvino_cpu
 
     monkeypatch.setattr(openvino_cpu, "lacks_avx2", lambda: True)
-    openvino = BACKENDS["openvino"]
+    openvino = openvino_cpu.OpenVINO()  # that has asked the library nothing yet
+    monkeypatch.setitem(BACKENDS, "openvino", openvino)
     assert not openvino.available() and openvino.available().version
     backend, why = choose("auto", DType.FP32, preferred="openvino")
     assert backend.name == "onnxruntime"
