@@ -159,23 +159,31 @@ def test_every_small_part_runs_dry(name: str, context: Context) -> None:
 
 
 AS_SD15 = ("build-sd21", "sd21")  # at the size of a dry run; only sides and widths tell them apart
+LARGE = [name for name in NAMES if name not in (*QUICK, "payloads", *AS_SD15)]
+
+
+@pytest.fixture(scope="module")
+def large(scratch: Path) -> Run:
+    """One dry run of every large part, each after what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return run_parts(
+            choose(PARTS, LARGE),
+            Context(dry=True, scratch=scratch, seed=7),
+            a_run(),
+            minutes=60,
+            keep=lambda run: None,
+            say=lambda line: None,
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*QUICK, "payloads", *AS_SD15)])
-def test_every_large_part_runs_dry(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    run = run_parts(
-        choose(PARTS, (name,)),
-        Context(dry=True, scratch=scratch, seed=7),
-        a_run(),
-        minutes=30,
-        keep=lambda run: None,
-        say=lambda line: None,
-    )
-    assert run.parts[name].status is Status.DONE, run.parts[name].reason
-    check_figures(name, run.parts[name].figures)
-    for row in run.parts[name].figures.get("candidates", {}).values():
+@pytest.mark.timeout(900)  # the first waits for all
+@pytest.mark.parametrize("name", LARGE)
+def test_every_large_part_runs_dry(name: str, large: Run) -> None:
+    assert large.parts[name].status is Status.DONE, large.parts[name].reason
+    check_figures(name, large.parts[name].figures)
+    for row in large.parts[name].figures.get("candidates", {}).values():
         assert all(error < 1e-4 for error in row["errors"].values()), row
 
 

@@ -40,7 +40,7 @@ def code() -> Iterator[SimpleNamespace]:
                 del sys.modules[name]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rng() -> np.random.Generator:
     return np.random.default_rng()
 

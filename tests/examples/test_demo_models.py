@@ -17,7 +17,6 @@ from rt.config import BuildConfig
 from rt.export.build import build, default_profiles
 from rt.export.checkpoint import open_checkpoint
 from rt.pipeline import Pipeline
-from rt.samplers import SAMPLERS
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +28,12 @@ def examples(demo_model: Path) -> Path:
     return demo_model.parent
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def judge(code: SimpleNamespace, renderer: object, emoji: tuple[Any, ...]) -> Any:
     return code.judge.Judge(emoji, renderer)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def emoji(code: SimpleNamespace, demo_model: Path) -> tuple[Any, ...]:
     """What the model can draw, which its names.txt lists."""
     names = (demo_model / "names.txt").read_text(encoding="utf-8").splitlines()
@@ -43,12 +42,17 @@ def emoji(code: SimpleNamespace, demo_model: Path) -> tuple[Any, ...]:
     return drawn
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def singles(code: SimpleNamespace, emoji: tuple[Any, ...], rng: np.random.Generator) -> list[Any]:
     return code.judge.held_out(rng, emoji, PROMPTS, pairs=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**31))
+
+
+@pytest.fixture(scope="module")
 def pairs(code: SimpleNamespace, emoji: tuple[Any, ...], rng: np.random.Generator) -> list[Any]:
     return code.judge.held_out(rng, emoji, PROMPTS, pairs=True)
 
@@ -59,44 +63,51 @@ def draw(pipe: Pipeline, scenes: list[Any], **settings: Any) -> np.ndarray:
     return np.stack([np.asarray(image) for image in pipe([s.caption for s in scenes], **settings).images])
 
 
+@pytest.fixture(scope="module")
+def single_pictures(demo_bundle: Path, singles: list[Any], seed: int) -> np.ndarray:
+    """What the demo model draws of `singles`."""
+    return draw(Pipeline.from_bundle(demo_bundle), singles, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def pair_pictures(demo_bundle: Path, pairs: list[Any], seed: int) -> np.ndarray:
+    """What the demo model draws of `pairs`."""
+    return draw(Pipeline.from_bundle(demo_bundle), pairs, seed=seed)
+
+
 def right(judge: Any, scenes: list[Any], pictures: np.ndarray) -> float:
     """The part of the pictures on which all emoji are found where they should be."""
     return float(np.mean([judge(s, p).concepts_right for s, p in zip(scenes, pictures, strict=True)]))
 
 
-def test_held_out_prompts(demo_bundle: Path, judge: Any, singles: list[Any], pairs: list[Any]) -> None:
-    pipe = Pipeline.from_bundle(demo_bundle)
-    one, two = draw(pipe, singles), draw(pipe, pairs)
-    assert right(judge, singles, one) >= 0.8
-    assert right(judge, pairs, two) >= 0.6
-    scenes, pictures = [*singles, *pairs], [*one, *two]
+def test_held_out_prompts(
+    judge: Any,
+    singles: list[Any],
+    single_pictures: np.ndarray,
+    pairs: list[Any],
+    pair_pictures: np.ndarray,
+) -> None:
+    assert right(judge, singles, single_pictures) >= 0.8
+    assert right(judge, pairs, pair_pictures) >= 0.6
+    scenes, pictures = [*singles, *pairs], [*single_pictures, *pair_pictures]
     colours = [judge(s, p).colour == s.colour for s, p in zip(scenes, pictures, strict=True)]
     assert np.mean(colours) >= 0.9
-    assert right(judge, singles, np.roll(one, 1, axis=0)) < 0.2  # the judge does not say yes to anything
+    moved = np.roll(single_pictures, 1, axis=0)
+    assert right(judge, singles, moved) < 0.2  # the judge does not say yes to anything
 
 
-# What these two extrapolate from the first step, which sees nothing but noise, spoils their pictures: diffusers', too.
-WEAK = {"pndm", "lms"}
-
-
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - WEAK))
-def test_every_sampler_draws(demo_bundle: Path, judge: Any, singles: list[Any], sampler: str) -> None:
-    settings = {"guidance_scale": 1.5, "num_inference_steps": 8} if sampler in ("lcm", "tcd") else {}
-    pictures = draw(Pipeline.from_bundle(demo_bundle), singles[:12], scheduler=sampler, **settings)
+# The others draw diffusers' pictures: `tests/rt/test_same_picture.py`.
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp-2m-sde-heun", "dpmpp-3m-sde", "dpmpp-sde", "dpmpp-2s-a"])
+def test_samplers_draw(demo_bundle: Path, judge: Any, singles: list[Any], sampler: str) -> None:
+    pictures = draw(Pipeline.from_bundle(demo_bundle), singles[:12], scheduler=sampler)
     assert right(judge, singles[:12], pictures) >= 0.6
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
 def test_fewer_bits_draw(
-    build_bundle: Callable[..., Path],
-    demo_model: Path,
-    judge: Any,
-    singles: list[Any],
-    pairs: list[Any],
-    dtype: str,
+    build_bundle: Callable[..., Path], demo_model: Path, judge: Any, pairs: list[Any], dtype: str
 ) -> None:
     pipe = Pipeline.from_bundle(build_bundle(demo_model, dtype=dtype))
-    assert right(judge, singles, draw(pipe, singles)) >= 0.8
     assert right(judge, pairs, draw(pipe, pairs)) >= 0.6
 
 
@@ -106,12 +117,17 @@ def distance(code: SimpleNamespace, judge: Any, scenes: list[Any], pictures: np.
 
 
 def test_more_steps_and_modest_guidance_help(
-    code: SimpleNamespace, demo_bundle: Path, judge: Any, pairs: list[Any]
+    code: SimpleNamespace,
+    demo_bundle: Path,
+    judge: Any,
+    pairs: list[Any],
+    pair_pictures: np.ndarray,
+    seed: int,
 ) -> None:
     pipe = Pipeline.from_bundle(demo_bundle)
-    full = distance(code, judge, pairs, draw(pipe, pairs, seed=0))
-    assert full < distance(code, judge, pairs, draw(pipe, pairs, seed=0, num_inference_steps=1))
-    assert full < distance(code, judge, pairs, draw(pipe, pairs, seed=0, guidance_scale=15.0))
+    full = distance(code, judge, pairs, pair_pictures)
+    assert full < distance(code, judge, pairs, draw(pipe, pairs, seed=seed, num_inference_steps=1))
+    assert full < distance(code, judge, pairs, draw(pipe, pairs, seed=seed, guidance_scale=15.0))
 
 
 def test_four_steps_without_guidance(
@@ -145,37 +161,44 @@ def test_inpainting(
     renderer: Any,
     pairs: list[Any],
 ) -> None:
-    """The second of a pair is cut out and painted anew; what was not cut out stays."""
+    """The second of a pair is cut out and painted anew; what was not cut out stays.
+
+    Of 96 pairs it was found in all. What was not cut out is 4.7 levels off, and 7.3 with all cut out: most of both is
+    what the autoencoder loses, and the difference was above 0.27 in 999 of 1,000 sets of 24 pairs.
+    """
     pipe = Pipeline.from_bundle(build_bundle(examples / "emoji-ldm-inpainting"))
-    found, kept = [], []
+    found, kept, lost = [], [], []
     for scene in pairs:
         picture, hole = renderer(scene), code.evaluate_inpainting.cut(scene, 64)
-        mask = (hole * 255).astype(np.uint8)
-        painted = draw(pipe, [scene], image=picture, mask_image=mask)[0]
+        painted, anew = (
+            draw(pipe, [scene], image=picture, mask_image=(mask * 255).astype(np.uint8), seed=0)[0]
+            for mask in (hole, np.ones_like(hole))
+        )
         found.append(judge(scene, painted).found[1] == scene.emoji[1])
-        kept.append(np.abs(painted.astype(float) - picture)[hole < 0.5].mean())
-    assert np.mean(found) >= 0.6
-    assert np.mean(kept) < 6  # of 255
+        for off, drawn in ((kept, painted), (lost, anew)):
+            off.append(np.abs(drawn.astype(float) - picture)[hole < 0.5].mean())
+    assert np.mean(found) >= 0.8
+    assert np.mean(kept) < np.mean(lost)
 
 
 def test_pixel_art(
     code: SimpleNamespace,
     demo_model: Path,
-    demo_bundle: Path,
     judge: Any,
     singles: list[Any],
+    single_pictures: np.ndarray,
+    seed: int,
     tmp_path: Path,
 ) -> None:
     """The LoRA makes squares of one colour of every picture, and the picture stays what it was."""
     lora = demo_model / "loras" / "pixel-art.safetensors"
     checkpoint = open_checkpoint(str(demo_model), loras=[(lora, 1.0)])
     build(checkpoint, tmp_path / "bundle", BuildConfig(profiles=default_profiles(checkpoint)))
-    styled = draw(Pipeline.from_bundle(tmp_path / "bundle"), singles, seed=0)
-    plain = draw(Pipeline.from_bundle(demo_bundle), singles, seed=0)
+    styled = draw(Pipeline.from_bundle(tmp_path / "bundle"), singles, seed=seed)
 
     def unevenness(pictures: np.ndarray) -> float:
         squares = [code.render.pixel_art(picture) for picture in pictures]
         return float(np.abs(pictures - np.stack(squares).astype(float)).mean())
 
-    assert unevenness(styled) < 0.6 * unevenness(plain)
+    assert unevenness(styled) < 0.6 * unevenness(single_pictures)
     assert right(judge, singles, styled) >= 0.6

