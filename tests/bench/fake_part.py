@@ -1,4 +1,4 @@
-"""A part of the GPU benchmark that a test can make do anything."""
+"""A part of the GPU benchmark that a test can make do anything, and several parts in one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rt.bench.gpu_parts.part import Context, Part
+from rt.bench.gpu_parts.part import Context, Figures, Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +33,16 @@ class Fake(Part):
             os._exit(3)
         print("all is well")
         yield {"figure": context.seed, "more": 1}
+
+
+@dataclass(frozen=True)
+class Together:
+    """Parts one after the other."""
+
+    parts: tuple[Part, ...]
+
+    def run(self, context: Context) -> Iterator[tuple[str, Figures]]:
+        """The name of each and its last figures."""
+        for part in self.parts:
+            *_, figures = part.run(context)
+            yield part.name, figures

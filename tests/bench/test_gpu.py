@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from rt.bench.gpu import command
 from rt.bench.gpu_parts.apart import Ended, apart
 from rt.bench.gpu_parts.bars import bars
-from rt.bench.gpu_parts.part import Context, choose
+from rt.bench.gpu_parts.part import Context, Figures, choose
 from rt.bench.gpu_parts.parts import PARTS
 from rt.bench.gpu_parts.record import DRY, Gpu, Outcome, Run, Status, newest
 from rt.bench.gpu_parts.run import run_parts
@@ -29,7 +29,7 @@ from rt.errors import ConfigError
 
 # The process of a part imports what it runs by name, and is given this path.
 sys.path.append(str(Path(__file__).parent))
-from fake_part import Fake
+from fake_part import Fake, Together
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = Gpu(
@@ -163,27 +163,29 @@ LARGE = [name for name in NAMES if name not in (*QUICK, "payloads", *AS_SD15)]
 
 
 @pytest.fixture(scope="module")
-def large(scratch: Path) -> Run:
-    """One dry run of every large part, each after what it needs."""
+def large(scratch: Path) -> dict[str, Figures]:
+    """What every large part gives dry, each after what it needs: in a process for all, which imports torch once."""
+    context = Context(dry=True, scratch=scratch, seed=7)
+    found: dict[str, Figures] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return run_parts(
-            choose(PARTS, LARGE),
-            Context(dry=True, scratch=scratch, seed=7),
-            a_run(),
-            minutes=60,
-            keep=lambda run: None,
-            say=lambda line: None,
-        )
+        parts = choose(PARTS, LARGE)
+        for environment in ({}, {"TRITON_INTERPRET": "1"}):
+            together = Together(tuple(part for part in parts if part.dry_environment == environment))
+            *figures, ended = apart(
+                together.run, context, seconds=1800, log=scratch / "large.log", environment=environment
+            )
+            assert ended == Ended()
+            found |= dict(figures)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the first waits for all
 @pytest.mark.parametrize("name", LARGE)
-def test_every_large_part_runs_dry(name: str, large: Run) -> None:
-    assert large.parts[name].status is Status.DONE, large.parts[name].reason
-    check_figures(name, large.parts[name].figures)
-    for row in large.parts[name].figures.get("candidates", {}).values():
+def test_every_large_part_runs_dry(name: str, large: dict[str, Figures]) -> None:
+    check_figures(name, large[name])
+    for row in large[name].get("candidates", {}).values():
         assert all(error < 1e-4 for error in row["errors"].values()), row
 
 

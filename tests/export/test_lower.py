@@ -17,10 +17,14 @@ from rt.backends import Form, get
 from rt.bundle import Bundle
 from rt.config import DType
 from rt.export import torch_rework
+from rt.export.checkpoint import open_checkpoint
 from rt.export.lower import OPSET, WeightFile, lower
+from rt.export.observe import observe
+from rt.export.passes.cast import cast
 from rt.export.program import Program
-from rt.model import Component
-from rt.shapes import TensorSpec
+from rt.export.unet import trace_step
+from rt.model import Component, Family
+from rt.shapes import ShapeProfile, TensorSpec
 
 
 def tensor(array: np.ndarray) -> ir.TensorProtocol:
@@ -185,12 +189,65 @@ def test_the_tables_of_torch_are_made_once_and_no_export_writes_into_those_of_th
     assert utils._materialize_cpp_cia_ops is look_up
 
 
+class Writes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 1).mul_(2)
+
+
+class Untranslated(nn.Module):
+    """`aten.to.dtype` has no translation by that name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.to.dtype(x, torch.float64) + 1
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's, of its own internals
+@pytest.mark.parametrize(("module", "decomposed"), [(nn.Linear(8, 8), 0), (Writes(), 1), (Untranslated(), 1)])
+def test_what_has_a_translation_is_not_decomposed(
+    module: nn.Module, decomposed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.onnx._internal.exporter import _fx_passes
+
+    done = []
+    original = _fx_passes.decompose_with_registry
+    monkeypatch.setattr(
+        _fx_passes, "decompose_with_registry", lambda *given: done.append(1) or original(*given)
+    )
+    x = torch.randn(8, 8)
+    exported = torch.export.export(module.eval(), (x,), strict=False)
+    with torch_rework.without_rework():
+        made = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+    assert made is not None and len(done) == decomposed
+    (got,) = made(x)
+    torch.testing.assert_close(got, module(x))
+
+
+def test_no_step_of_a_unet_is_decomposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Callable[[Family], Path]
+) -> None:
+    """Nor in half precision, whose casts torch's own tracing writes with an operator that has no translation."""
+    from torch.onnx._internal.exporter import _fx_passes
+
+    monkeypatch.setattr(
+        _fx_passes, "decompose_with_registry", lambda *given: pytest.fail("a program was decomposed")
+    )
+    checkpoint = open_checkpoint(str(folder(Family.SDXL)))
+    step = trace_step(checkpoint.load(Component.UNET), checkpoint.spec, ShapeProfile(16, 16), {}, guided=True)
+    half, _ = cast(step.module, DType.BF16, observe(step, torch.bfloat16))
+    with WeightFile(tmp_path / "x.weights") as weights:
+        for name, module in (("fp32", step.module), ("bf16", half)):
+            lower(step, module, weights, tmp_path / f"{name}.onnx")
+
+
 def test_a_torch_without_these_tables_exports_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._export import utils
-    from torch.onnx._internal.exporter import _registration
+    from torch.onnx._internal.exporter import _fx_passes, _registration
 
     monkeypatch.delattr(_registration, "ONNXRegistry")
     monkeypatch.delattr(utils, "_materialize_cpp_cia_ops")
+    monkeypatch.delattr(_fx_passes, "decompose_with_registry")
+    monkeypatch.delattr(torch.fx.config, "do_not_emit_stack_traces")
     with torch_rework.without_rework():
         pass
     assert not hasattr(_registration, "ONNXRegistry") and not hasattr(utils, "_materialize_cpp_cia_ops")
+    assert not hasattr(torch.fx.config, "do_not_emit_stack_traces")

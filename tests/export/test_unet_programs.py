@@ -82,6 +82,7 @@ def real() -> Callable[[str, int], Programs]:
 
     def programs(name: str, batch_size: int) -> Programs:
         if (name, batch_size) not in known:
+            sizes = [size for other, size in REAL if other == name]  # which share what all sizes have
             checkpoint = open_checkpoint(f"synthetic:{name}")
             module = build_empty(Component.UNET, checkpoint.configs["unet"]).eval()
             side = checkpoint.spec.sample_size * checkpoint.spec.vae_scale_factor
@@ -96,10 +97,12 @@ def real() -> Callable[[str, int], Programs]:
                     Component.UNET,
                     module,
                     checkpoint.spec,
-                    (ShapeProfile(side, side, batch_size),),
+                    tuple(ShapeProfile(side, side, size) for size in sizes),
                     step_cache=True,
                 )
-                known[name, batch_size] = {(program.component, program.guided): program for program in traced}
+                for program in traced:
+                    for size in sizes if program.profile is None else [program.profile.batch_size]:
+                        known.setdefault((name, size), {})[program.component, program.guided] = program
         return known[name, batch_size]
 
     return programs
