@@ -159,19 +159,21 @@ def test_inpainting(
     examples: Path,
     judge: Any,
     renderer: Any,
-    pairs: list[Any],
+    emoji: tuple[Any, ...],
+    rng: np.random.Generator,
 ) -> None:
-    """The second of a pair is cut out and painted anew; what was not cut out stays.
+    """The second of a pair is cut out and painted anew; what was not cut out stays nearer than with all cut out.
 
-    Of 96 pairs it was found in all. What was not cut out is 4.7 levels off, and 7.3 with all cut out: most of both is
-    what the autoencoder loses, and the difference was above 0.27 in 999 of 1,000 sets of 24 pairs.
+    By 2.4 levels, with a deviation of 4.5 between pairs (96 pairs): two sets tell.
     """
+    pairs = [pair for _ in range(2) for pair in code.judge.held_out(rng, emoji, PROMPTS, pairs=True)]
     pipe = Pipeline.from_bundle(build_bundle(examples / "emoji-ldm-inpainting"))
     found, kept, lost = [], [], []
     for scene in pairs:
         picture, hole = renderer(scene), code.evaluate_inpainting.cut(scene, 64)
+        settings = {"image": picture, "num_inference_steps": 8, "seed": 0}
         painted, anew = (
-            draw(pipe, [scene], image=picture, mask_image=(mask * 255).astype(np.uint8), seed=0)[0]
+            draw(pipe, [scene], mask_image=(mask * 255).astype(np.uint8), **settings)[0]
             for mask in (hole, np.ones_like(hole))
         )
         found.append(judge(scene, painted).found[1] == scene.emoji[1])

@@ -40,8 +40,7 @@ def far(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", Family)
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("batch", "guided"), [(1, True), (2, False), (2, True)])
 def test_each_split_gives_what_the_whole_gave(
     folder: Callable[[Family], Path], family: Family, batch: int, guided: bool
 ) -> None:
