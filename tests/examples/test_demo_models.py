@@ -5,6 +5,7 @@ Prompts and seeds are chosen anew each time. The bars are those that the model c
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click import Command
+from click.testing import CliRunner
+from PIL import Image
 
-from rt.config import BuildConfig
-from rt.export.build import build, default_profiles
-from rt.export.checkpoint import open_checkpoint
+from rt.bundle import Bundle
+from rt.cli.build import command as build
+from rt.cli.inspect import command as inspect
+from rt.cli.run import command as run
 from rt.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow
@@ -192,11 +197,23 @@ def test_pixel_art(
     seed: int,
     tmp_path: Path,
 ) -> None:
-    """The LoRA makes squares of one colour of every picture, and the picture stays what it was."""
-    lora = demo_model / "loras" / "pixel-art.safetensors"
-    checkpoint = open_checkpoint(str(demo_model), loras=[(lora, 1.0)])
-    build(checkpoint, tmp_path / "bundle", BuildConfig(profiles=default_profiles(checkpoint)))
-    styled = draw(Pipeline.from_bundle(tmp_path / "bundle"), singles, seed=seed)
+    """The LoRA makes squares of one colour of every picture, and the picture stays what it was.
+
+    It is in the manifest, in what `rt inspect` prints, and in a picture's settings.
+    """
+    lora, bundle, png = (
+        demo_model / "loras" / "pixel-art.safetensors",
+        tmp_path / "styled",
+        tmp_path / "x.png",
+    )
+
+    def rt(command: Command, *arguments: object) -> str:
+        done = CliRunner().invoke(command, [*map(str, arguments)])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    rt(build, demo_model, "-o", bundle, "--lora", f"{lora}:0.8")
+    styled = draw(Pipeline.from_bundle(bundle), singles, seed=seed)
 
     def unevenness(pictures: np.ndarray) -> float:
         squares = [code.render.pixel_art(picture) for picture in pictures]
@@ -204,3 +221,12 @@ def test_pixel_art(
 
     assert unevenness(styled) < 0.6 * unevenness(single_pictures)
     assert right(judge, singles, styled) >= 0.6
+
+    (record,) = Bundle.open(bundle).manifest.source.loras
+    assert (record.name, record.scale) == (lora.name, 0.8)
+    assert record.sha256 == hashlib.sha256(lora.read_bytes()).hexdigest()
+    assert "pixel-art.safetensors, scale 0.8" in rt(inspect, bundle)
+    rt(run, bundle, "-p", "a pizza", "--steps", 1, "-o", png)
+    with Image.open(png) as picture:
+        settings = picture.info["parameters"]
+    assert f'Lora hashes: "pixel-art: {record.sha256[:10]}", Lora scales: "pixel-art: 0.8"' in settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -190,21 +189,6 @@ def test_a_folder_for_the_sheet(rt: Rt, demo_bundle: Path, tmp_path: Path) -> No
     result = rt("run", demo_bundle, "-p", "a pizza", *FAST, "-o", "out/", "--sheet", "out/")
     assert result.code == 0, result.error
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["7-000.png", "sheet.png"]
-
-
-def test_a_lora_from_build_to_picture(rt: Rt, demo_model: Path, tmp_path: Path) -> None:
-    """It is in the manifest, in what inspect prints, and in the picture's settings."""
-    lora = demo_model / "loras" / "pixel-art.safetensors"
-    built = rt("build", demo_model, "-o", "styled", "--lora", f"{lora}:0.5")
-    assert built.code == 0, built.error
-    (record,) = json.loads((tmp_path / "styled" / "manifest.json").read_text())["source"]["loras"]
-    assert record["name"] == "pixel-art.safetensors" and record["scale"] == 0.5
-    assert record["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
-    assert "pixel-art.safetensors, scale 0.5" in rt("inspect", "styled").out
-    assert rt("run", "styled", "-p", "a pizza", *FAST, "-o", "pizza.png").code == 0
-    with Image.open(tmp_path / "pizza.png") as picture:
-        settings = picture.info["parameters"]
-    assert f'Lora hashes: "pixel-art: {record["sha256"][:10]}", Lora scales: "pixel-art: 0.5"' in settings
 
 
 def test_inspect_describes_and_json_is_the_manifest(rt: Rt, demo_bundle: Path, no_engine: None) -> None:

@@ -219,18 +219,19 @@ RETURNED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def drawing(demo_bundle: Path) -> Iterator[rt.Pipeline]:
+    with rt.Pipeline.from_bundle(demo_bundle) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("value", RETURNED, ids=[str(i) for i in range(len(RETURNED))])
-def test_what_a_callback_returns(demo_bundle: Path, value: Any) -> None:
-    with rt.Pipeline.from_bundle(demo_bundle) as pipe:
-        with pytest.raises(ConfigError, match=r"^the callback (returned|gave latents)") as caught:
-            pipe(
-                "x",
-                num_inference_steps=1,
-                guidance_scale=1,
-                output_type="latent",
-                callback_on_step_end=lambda *s: value,
-            )
-        check_one_line(caught.value)
+def test_what_a_callback_returns(drawing: rt.Pipeline, value: Any) -> None:
+    arguments = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "latent"}
+    with pytest.raises(ConfigError, match=r"^the callback (returned|gave latents)") as caught:
+        drawing("x", **arguments, callback_on_step_end=lambda *s: value)
+    check_one_line(caught.value)
+    assert np.isfinite(drawing("x", **arguments).images).all()  # and the next call draws
 
 
 def test_what_means_something_is_drawn(pipe: rt.Pipeline) -> None:
