@@ -25,7 +25,7 @@ from rt.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow
 
-STEPS, GUIDANCE, PROMPTS = 20, 4.0, 24
+STEPS, GUIDANCE, PROMPTS = 10, 4.0, 24
 
 
 @pytest.fixture(scope="module")
