@@ -1,8 +1,8 @@
-"""What torch does again and again while it traces and exports, done once or where it changes something.
+"""Work that torch repeats while it traces and exports, done once, or only where it has an effect.
 
 Each `torch.onnx.export` parses the source of 500 translations, looks up every composite operator of the dispatcher
-sixty times, and traces the program two more times to decompose what has no translation, of which our programs have
-nothing; each trace keeps for every operator where in the source it was called, which `lower` drops. That is most of
+sixty times, and traces the program two more times to decompose operators without a translation, of which our programs
+have none; each trace keeps for every operator where in the source it was called, which `lower` drops. That is most of
 what an export takes, and a build has six to thirty. None of it is part of torch's interface: where a version of torch
 has it elsewhere, it does it as often as it likes.
 """
@@ -10,19 +10,24 @@ has it elsewhere, it does it as often as it likes.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
 _EXPORTER = "torch.onnx._internal.exporter"
-_TRANSLATIONS: dict[int, Any] = {}
+_TRANSLATIONS: dict[Any, Any] = {}
+_LOCK = threading.RLock()  # two at once would take each other's replacements for torch's own
 
 
 @contextmanager
 def without_rework() -> Iterator[None]:
-    """Traces and exports inside share their tables; what an export adds to one stays its own."""
-    with ExitStack() as undo:
+    """Traces and exports inside share their tables; what an export adds to one stays its own.
+
+    A program whose operators all have translations is not decomposed. An error names no line of the model.
+    """
+    with _LOCK, ExitStack() as undo:
         for owner, name, replacement in (
             ("torch._export.utils", "_materialize_cpp_cia_ops", _once),
             (f"{_EXPORTER}._registration:ONNXRegistry", "from_torchlib", _shared),
@@ -39,11 +44,11 @@ def _replaced(owner: str, name: str, replacement: Any) -> Iterator[None]:
     module, _, kind = owner.partition(":")
     try:
         place = getattr(import_module(module), kind) if kind else import_module(module)
-        new = replacement(getattr(place, name))
-    except (ImportError, AttributeError):
+        old = vars(place)[name]
+        new = replacement(getattr(place, name))  # of a class method, bound to the class
+    except (ImportError, AttributeError, KeyError, TypeError):
         yield
         return
-    old = place.__dict__[name]
     setattr(place, name, new)
     try:
         yield
@@ -65,10 +70,11 @@ def _once(look_up: Any) -> Any:
 def _shared(make: Any) -> Any:
     """The registry of an opset: a copy, because `custom_translation_table` is written into it."""
 
-    def from_torchlib(opset_version: int) -> Any:
-        if opset_version not in _TRANSLATIONS:
-            _TRANSLATIONS[opset_version] = make(opset_version=opset_version)
-        registry = copy.copy(_TRANSLATIONS[opset_version])
+    def from_torchlib(**how: int) -> Any:
+        key = tuple(how.items())
+        if key not in _TRANSLATIONS:
+            _TRANSLATIONS[key] = make(**how)
+        registry = copy.copy(_TRANSLATIONS[key])
         registry.functions = {target: [*found] for target, found in registry.functions.items()}
         return registry
 

@@ -1,4 +1,4 @@
-"""Fixtures that the whole suite shares: bundles, built once a session, and torch on few threads."""
+"""What the whole suite shares: bundles, built once a session; a worker's share of the processors; limits of time."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with the most slow tests first, by turns one that needs shared bundles and one that does not.
+    """The files with the most slow tests first, alternating those that need shared bundles with those that do not.
 
     What begins last is short then, and two workers rarely wait for the same bundle.
     """

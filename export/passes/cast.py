@@ -74,9 +74,9 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
         )
         loss = seen.losses.get(node.name, 0.0)
         if reached > limit:
-            far[str(node.target).split(".")[1]].append(reached)
+            far[_name(node)].append(reached)
         elif loss > format.eps:
-            lossy[str(node.target).split(".")[1]].append(loss)
+            lossy[_name(node)].append(loss)
         else:
             continue
         islands.add(node.name)
@@ -88,6 +88,11 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
         *(f"{len(of)} {op}: would lose up to {max(of):.1e}" for op, of in sorted(lossy.items())),
     ]
     return _Cast(module, half, islands, wide), tuple(words)
+
+
+def _name(node: fx.Node) -> str:
+    """Of its operator, for people."""
+    return "cast" if node.target is aten._to_copy.default else str(node.target).split(".")[1]
 
 
 def in_range(half: torch.dtype) -> float:

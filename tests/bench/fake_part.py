@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,8 +42,12 @@ class Together:
 
     parts: tuple[Part, ...]
 
-    def run(self, context: Context) -> Iterator[tuple[str, Figures]]:
-        """The name of each and its last figures."""
+    def run(self, context: Context) -> Iterator[tuple[str, Figures | str]]:
+        """The name of each and its last figures, or its error."""
         for part in self.parts:
-            *_, figures = part.run(context)
-            yield part.name, figures
+            try:
+                *_, figures = part.run(context)
+            except Exception:
+                yield part.name, traceback.format_exc()
+            else:
+                yield part.name, figures

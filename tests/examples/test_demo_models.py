@@ -22,6 +22,7 @@ from rt.cli.build import command as build
 from rt.cli.inspect import command as inspect
 from rt.cli.run import command as run
 from rt.pipeline import Pipeline
+from rt.samplers import SAMPLERS
 
 pytestmark = pytest.mark.slow
 
@@ -101,8 +102,14 @@ def test_held_out_prompts(
     assert right(judge, singles, moved) < 0.2  # the judge does not say yes to anything
 
 
-# The others draw diffusers' pictures: `tests/rt/test_same_picture.py`.
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp-2m-sde-heun", "dpmpp-3m-sde", "dpmpp-sde", "dpmpp-2s-a"])
+# These draw diffusers' pictures: `tests/rt/test_same_picture.py`.
+COMPARED = {
+    *("ddim", "ddpm", "lcm", "tcd", "euler-a", "heun", "dpm2", "dpm2-a", "lms", "pndm"),
+    *("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "deis", "unipc"),
+}
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - COMPARED))
 def test_samplers_draw(demo_bundle: Path, judge: Any, singles: list[Any], sampler: str) -> None:
     pictures = draw(Pipeline.from_bundle(demo_bundle), singles[:12], scheduler=sampler)
     assert right(judge, singles[:12], pictures) >= 0.6
@@ -185,7 +192,7 @@ def test_inpainting(
         for off, drawn in ((kept, painted), (lost, anew)):
             off.append(np.abs(drawn.astype(float) - picture)[hole < 0.5].mean())
     assert np.mean(found) >= 0.8
-    assert np.mean(kept) < np.mean(lost)
+    assert np.mean(kept) < min(np.mean(lost), 8)  # of 255; 3.5 in the mean
 
 
 def test_pixel_art(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import getpass
 import json
 import os
@@ -400,6 +401,21 @@ def test_a_signal_to_the_command_leaves_no_bundle(tmp_path: Path, number: signal
     assert len([*tmp_path.iterdir()]) == 1
     build(toy(), tmp_path / "bundle", config())
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_a_build_hides_from_collections_is_shown_again(before: bool) -> None:
+    """Also after an error; what others have hidden stays so."""
+    gc.unfreeze()
+    try:
+        if before:
+            gc.freeze()
+        with pytest.raises(RuntimeError), build_module._frozen():
+            assert gc.get_freeze_count() > 0
+            raise RuntimeError
+        assert (gc.get_freeze_count() > 0) is before
+    finally:
+        gc.freeze()  # as tests/conftest.py did
 
 
 # Half precision

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -239,15 +242,44 @@ def test_no_step_of_a_unet_is_decomposed(
             lower(step, module, weights, tmp_path / f"{name}.onnx")
 
 
-def test_a_torch_without_these_tables_exports_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._export import utils
-    from torch.onnx._internal.exporter import _fx_passes, _registration
+class Served(ModuleType):
+    """A module whose values are nobody's attributes, as those of torch's configs."""
 
-    monkeypatch.delattr(_registration, "ONNXRegistry")
-    monkeypatch.delattr(utils, "_materialize_cpp_cia_ops")
-    monkeypatch.delattr(_fx_passes, "decompose_with_registry")
-    monkeypatch.delattr(torch.fx.config, "do_not_emit_stack_traces")
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return False
+
+
+@pytest.mark.parametrize("without", [ModuleType, Served])
+def test_a_torch_without_these_exports_as_it_likes(
+    without: type[ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [
+        *("torch._export.utils", "torch.onnx._internal.exporter._registration"),
+        *("torch.onnx._internal.exporter._fx_passes", "torch.fx.config"),
+    ]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, without(name))
     with torch_rework.without_rework():
-        pass
-    assert not hasattr(_registration, "ONNXRegistry") and not hasattr(utils, "_materialize_cpp_cia_ops")
-    assert not hasattr(torch.fx.config, "do_not_emit_stack_traces")
+        assert not any(vars(sys.modules[name]).keys() - vars(ModuleType("x")).keys() for name in names)
+
+
+def test_two_threads_leave_torch_as_it_was() -> None:
+    from torch._export import utils
+
+    before, entered, leave = utils._materialize_cpp_cia_ops, threading.Event(), threading.Event()
+
+    def other() -> None:
+        with torch_rework.without_rework():
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with torch_rework.without_rework():
+        thread.start()
+        assert not entered.wait(0.1)
+    assert entered.wait(60)
+    leave.set()
+    thread.join()
+    assert utils._materialize_cpp_cia_ops is before

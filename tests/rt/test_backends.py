@@ -30,6 +30,7 @@ from rt.backends.base import failure
 from rt.bundle import Bundle, EngineRecord
 from rt.config import DType
 from rt.errors import BackendError, BackendUnavailableError, ConfigError
+from rt.pipeline import Pipeline
 
 NAMES = [name for name in ON_HOST if Form.ONNX in BACKENDS[name].forms(DType.FP32)]
 """Those that run a bundle of any build."""
@@ -353,3 +354,21 @@ def test_ctrl_c_does_not_leave_openvino_computing(
     with pytest.raises(KeyboardInterrupt):
         engine.enqueue()
     assert waited == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "dtype", "limit"),
+    [("openvino", "fp32", 1e-4), ("onnxruntime", "fp32", 1e-4), ("openvino", "bf16", 0.05)],
+)
+def test_two_threads_draw_what_one_draws(
+    build_bundle: Callable[..., Path], backend: str, dtype: str, limit: float
+) -> None:
+    """A worker of the suite has one thread otherwise. Of the largest latent; bf16 sums in another order."""
+    bundle = build_bundle("synthetic:tiny", dtype=dtype)
+    drawn = []
+    for threads in (1, 2):
+        with Pipeline.from_bundle(bundle, backend=backend, threads=threads) as pipe:
+            call = {"num_inference_steps": 3, "seed": 5, "output_type": "latent"}
+            drawn.append(np.asarray(pipe("a red heart", **call).images))
+    assert np.abs(drawn[0] - drawn[1]).max() <= limit * np.abs(drawn[0]).max() > 0

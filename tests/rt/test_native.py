@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +102,5 @@ def _errors(bundle: Bundle, backend: OpenVINO) -> list[tuple[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def bf16(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    from rt.config import BuildConfig
-    from rt.export.build import build, default_profiles
-    from rt.export.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint("synthetic:tiny")
-    config = BuildConfig(profiles=default_profiles(checkpoint), dtype=DType.BF16, backend="openvino")
-    return build(checkpoint, tmp_path_factory.mktemp("native") / "bundle", config, quiet=True)
+def bf16(build_bundle: Callable[..., Path]) -> Bundle:
+    return Bundle.open(build_bundle("synthetic:tiny", dtype="bf16"))
