@@ -70,10 +70,10 @@ def _once(look_up: Any) -> Any:
 def _shared(make: Any) -> Any:
     """The registry of an opset: a copy, because `custom_translation_table` is written into it."""
 
-    def from_torchlib(**how: int) -> Any:
-        key = tuple(how.items())
+    def from_torchlib(*given: int, **named: int) -> Any:
+        key = given, tuple(named.items())
         if key not in _TRANSLATIONS:
-            _TRANSLATIONS[key] = make(**how)
+            _TRANSLATIONS[key] = make(*given, **named)
         registry = copy.copy(_TRANSLATIONS[key])
         registry.functions = {target: [*found] for target, found in registry.functions.items()}
         return registry

@@ -86,6 +86,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
+def speed() -> Speed:
+    """For limits of time that a test sets itself."""
+    return SPEED
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The checkpoint of the quick start, a diffusers folder."""
     return ROOT / "examples" / "emoji-ldm"

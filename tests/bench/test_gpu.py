@@ -163,7 +163,7 @@ LARGE = [name for name in NAMES if name not in (*QUICK, "payloads", *AS_SD15)]
 
 
 @pytest.fixture(scope="module")
-def large(scratch: Path) -> dict[str, Figures | str]:
+def large(scratch: Path, speed: Any) -> dict[str, Figures | str]:
     """What every large part gives dry, or what went wrong.
 
     As few processes as their environments allow, each of which imports torch once; the last part has its own, as all
@@ -179,8 +179,10 @@ def large(scratch: Path) -> dict[str, Figures | str]:
         patch.chdir(ROOT)
         for some in (plain, (last,), interpreted):
             environment = some[0].dry_environment
-            log = scratch / f"{some[0].name}.log"
-            *given, ended = apart(Together(some).run, context, seconds=280, log=log, environment=environment)
+            log, seconds = scratch / f"{some[0].name}.log", 280 * speed.slowness()
+            *given, ended = apart(
+                Together(some).run, context, seconds=seconds, log=log, environment=environment
+            )
             found |= {part.name: f"{ended}; see {log}" for part in some} | dict(given)
     return found
 

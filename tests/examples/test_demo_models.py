@@ -70,15 +70,20 @@ def draw(pipe: Pipeline, scenes: list[Any], **settings: Any) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def single_pictures(demo_bundle: Path, singles: list[Any], seed: int) -> np.ndarray:
-    """What the demo model draws of `singles`."""
-    return draw(Pipeline.from_bundle(demo_bundle), singles, seed=seed)
+def demo(demo_bundle: Path) -> Pipeline:
+    return Pipeline.from_bundle(demo_bundle)
 
 
 @pytest.fixture(scope="module")
-def pair_pictures(demo_bundle: Path, pairs: list[Any], seed: int) -> np.ndarray:
+def single_pictures(demo: Pipeline, singles: list[Any], seed: int) -> np.ndarray:
+    """What the demo model draws of `singles`."""
+    return draw(demo, singles, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def pair_pictures(demo: Pipeline, pairs: list[Any], seed: int) -> np.ndarray:
     """What the demo model draws of `pairs`."""
-    return draw(Pipeline.from_bundle(demo_bundle), pairs, seed=seed)
+    return draw(demo, pairs, seed=seed)
 
 
 def right(judge: Any, scenes: list[Any], pictures: np.ndarray) -> float:
@@ -110,8 +115,8 @@ COMPARED = {
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - COMPARED))
-def test_samplers_draw(demo_bundle: Path, judge: Any, singles: list[Any], sampler: str) -> None:
-    pictures = draw(Pipeline.from_bundle(demo_bundle), singles[:12], scheduler=sampler)
+def test_samplers_draw(demo: Pipeline, judge: Any, singles: list[Any], sampler: str) -> None:
+    pictures = draw(demo, singles[:12], scheduler=sampler)
     assert right(judge, singles[:12], pictures) >= 0.6
 
 
@@ -130,23 +135,22 @@ def distance(code: SimpleNamespace, judge: Any, scenes: list[Any], pictures: np.
 
 def test_more_steps_and_modest_guidance_help(
     code: SimpleNamespace,
-    demo_bundle: Path,
+    demo: Pipeline,
     judge: Any,
     pairs: list[Any],
     pair_pictures: np.ndarray,
     seed: int,
 ) -> None:
-    pipe = Pipeline.from_bundle(demo_bundle)
     full = distance(code, judge, pairs, pair_pictures)
-    assert full < distance(code, judge, pairs, draw(pipe, pairs, seed=seed, num_inference_steps=1))
-    assert full < distance(code, judge, pairs, draw(pipe, pairs, seed=seed, guidance_scale=15.0))
+    assert full < distance(code, judge, pairs, draw(demo, pairs, seed=seed, num_inference_steps=1))
+    assert full < distance(code, judge, pairs, draw(demo, pairs, seed=seed, guidance_scale=15.0))
 
 
 def test_four_steps_without_guidance(
     code: SimpleNamespace,
     build_bundle: Callable[..., Path],
     examples: Path,
-    demo_bundle: Path,
+    demo: Pipeline,
     emoji: tuple[Any, ...],
     judge: Any,
     rng: np.random.Generator,
@@ -160,7 +164,7 @@ def test_four_steps_without_guidance(
     pipe = Pipeline.from_bundle(build_bundle(examples / "emoji-ldm-lcm", batch_size=(1,)))
     assert pipe.bundle.manifest.model.scheduler["_class_name"] == "LCMScheduler"
     distilled = draw(pipe, pairs, **few)
-    plain = draw(Pipeline.from_bundle(demo_bundle), pairs, scheduler="lcm", **few)
+    plain = draw(demo, pairs, scheduler="lcm", **few)
     assert right(judge, pairs, distilled) >= 0.8
     assert distance(code, judge, pairs, distilled) < distance(code, judge, pairs, plain)
 
@@ -192,7 +196,7 @@ def test_inpainting(
         for off, drawn in ((kept, painted), (lost, anew)):
             off.append(np.abs(drawn.astype(float) - picture)[hole < 0.5].mean())
     assert np.mean(found) >= 0.8
-    assert np.mean(kept) < min(np.mean(lost), 8)  # of 255; 3.5 in the mean
+    assert np.mean(kept) < min(np.mean(lost), 6)  # of 255; 3.4 in the mean
 
 
 def test_pixel_art(
