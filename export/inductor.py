@@ -139,6 +139,40 @@ def compile_for(
         request: The build.
     """
     path = f"engines/{program.name}.{form.value}"
+    write_package(
+        request.stage / path,
+        device,
+        program,
+        module,
+        file=weights.path.name,
+        place=lambda tensor: weights.place(_bytes(tensor)),
+        max_autotune=request.config.max_autotune,
+    )
+    weights.flush()
+    return {form: path}
+
+
+def write_package(
+    path: Path,
+    device: str,
+    program: Program,
+    module: nn.Module,
+    *,
+    file: str,
+    place: Callable[[Tensor], int],
+    max_autotune: bool,
+) -> None:
+    """See `compile_for`.
+
+    Args:
+        path: Of the package.
+        device: Where it will run.
+        program: Names, example inputs.
+        module: What computes it.
+        file: The name of the component's weights, beside the package.
+        place: A tensor of `module` to its offset there.
+        max_autotune: Whether products are timed in every way that inductor knows.
+    """
     inputs = {name: value.to(device) for name, value in program.inputs.items()}
     with (
         torch.no_grad(),
@@ -152,12 +186,12 @@ def compile_for(
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         with _headers(device), _folder(program.name) as folder:
-            options = _options(request.config.max_autotune)
-            files: Any = torch._inductor.aot_compile(compiled, (), inputs, options=options)
-            about = _about(compiled, weights, device)
-            _package(request.stage / path, [Path(str(file)) for file in files], about, folder)
-    weights.flush()
-    return {form: path}
+            files: Any = torch._inductor.aot_compile(compiled, (), inputs, options=_options(max_autotune))
+            # From where they are: a way to the GPU and back would be in vain.
+            host = _tensors(module)
+            offsets = {name: place(host.get(name, tensor)) for name, tensor in _tensors(compiled).items()}
+            about = _about(compiled, file, offsets, device)
+            _package(path, [Path(str(file)) for file in files], about, folder)
 
 
 def _copy(module: nn.Module, device: str) -> nn.Module:
@@ -199,17 +233,17 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _about(module: nn.Module, weights: WeightFile, device: str) -> About:
-    """What the package says of itself; its tensors go into the file."""
+def _about(module: nn.Module, file: str, offsets: Mapping[str, int], device: str) -> About:
+    """What the package says of itself."""
     return About(
         torch=torch.__version__,
         machine=platform.machine(),
         instructions=_instructions(),  # a GPU's package has host code, too
         capability=0 if device == "cpu" else 10 * _capability()[0] + _capability()[1],
-        file=weights.path.name,
+        file=file,
         weights={
             name: Weight(
-                offset=weights.place(_bytes(tensor)),
+                offset=offsets[name],
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 shape=tuple(tensor.shape),
                 stride=tensor.stride(),

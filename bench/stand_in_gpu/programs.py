@@ -1,0 +1,79 @@
+"""Programs of real shape without a byte of weights, as a build would hand them to inductor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rt.config import DType
+from rt.export.architectures import ARCHITECTURES
+from rt.export.facts import FOLDERS, read_spec
+from rt.export.observe import Observation
+from rt.export.passes.cast import cast
+from rt.export.passes.fuse import fuse
+from rt.export.passes.layout import channels_last
+from rt.export.passes.sink import sink
+from rt.export.program import Program
+from rt.export.trace import trace
+from rt.export.unet import split_context, split_time, trace_step
+from rt.export.weights import build
+from rt.model import Component
+from rt.shapes import ShapeProfile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A program.
+
+    Attributes:
+        architecture: Of `rt.export.architectures`.
+        side: Of the picture, in pixels.
+        component: `UNET`, the step with guidance, or `VAE_DECODER`.
+        guided: Whether the step is one with guidance.
+    """
+
+    architecture: str
+    side: int
+    component: Component
+    guided: bool = False
+
+
+PROGRAMS = {
+    "sd15-step": Wanted(architecture="sd15", side=512, component=Component.UNET, guided=True),
+    "sd15-decoder": Wanted(architecture="sd15", side=512, component=Component.VAE_DECODER),
+    "sdxl-step": Wanted(architecture="sdxl", side=1024, component=Component.UNET, guided=True),
+    "sdxl-decoder": Wanted(architecture="sdxl", side=1024, component=Component.VAE_DECODER),
+    "sdxl-turbo-step": Wanted(architecture="sdxl", side=512, component=Component.UNET),
+    "tiny-step": Wanted(architecture="tiny", side=64, component=Component.UNET, guided=True),
+    "tiny-decoder": Wanted(architecture="tiny", side=64, component=Component.VAE_DECODER),
+}
+
+
+def lowered(wanted: Wanted, mode: FakeTensorMode) -> tuple[Program, nn.Module]:
+    """The program as a build in fp16 compiles it, and the module that computes it, their weights fake.
+
+    Nothing is known of their values, so nothing is kept in fp32.
+    """
+    configs = ARCHITECTURES[wanted.architecture].configs
+    factor = read_spec(configs, wanted.architecture).vae_scale_factor
+    configs["unet"] = {**configs["unet"], "sample_size": wanted.side // factor}
+    spec = read_spec(configs, wanted.architecture)
+    profile = ShapeProfile(wanted.side, wanted.side)
+    with mode:
+        network = build(wanted.component, configs[FOLDERS[wanted.component]]).eval().requires_grad_(False)
+        if wanted.component is Component.UNET:
+            step = trace_step(network, spec, profile, {}, guided=wanted.guided)
+            step = split_context(step.rewritten("sink", sink) if wanted.guided else step)[1]
+            program = split_time(step)[1]
+        else:
+            [program] = trace(wanted.component, network, spec, (profile,))
+        return in_half(program)
+
+
+def in_half(program: Program) -> tuple[Program, nn.Module]:
+    """Fused and in fp16."""
+    program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
+    nothing = Observation(outputs={}, magnitudes={}, logits={}, losses={})
+    return program, cast(program.module, DType.FP16, nothing)[0]
