@@ -7,7 +7,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -41,9 +41,10 @@ from rt.export.observe import Observation, observe
 from rt.export.passes.cast import HALF, cast, in_range
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
+from rt.export.passes.merge import merge
 from rt.export.passes.quantize import FP8, INT8, Bits, quantize
 from rt.export.passes.rescale import rescale
-from rt.export.program import Program
+from rt.export.program import Program, narrowed
 from rt.export.source import Kind
 from rt.export.staging import staged
 from rt.export.trace import trace
@@ -244,6 +245,7 @@ def _lower_all(
     with WeightFile(stage / weights) as store:
         text = _text(stage, checkpoint.spec) if component is Component.UNET else {}
         early: dict[Component, Program] = {}
+        narrow = frozenset[str]()  # what the part of the text hands to the steps in fp16
         calibration: Calibration | None = None
         for program in trace(
             component, module, checkpoint.spec, config.profiles, text, step_cache=config.step_cache
@@ -265,9 +267,11 @@ def _lower_all(
             if dtype in BITS and program.component is Component.UNET and calibration is None:
                 with _step(bar, f"{program.name}: calibrate"):
                     calibration = calibrate(early, checkpoint, BITS[dtype])
+            if program.component is Component.UNET_CONTEXT and half is torch.float16:
+                narrow = _within(seen, in_range(half))
             with _step(bar, f"{program.name}: lower"):
-                computing, islands = _in_format(program, dtype, seen, calibration)
-                lower(program, computing, store, stage / file)
+                computing, islands = _in_format(program, dtype, seen, calibration, narrow)
+                lower(narrowed(program, narrow), computing, store, stage / file)
             forms = {Form.ONNX.value: file}
             if program.component in _PICTURES and _fuses(backend, dtype):
                 with _step(bar, f"{program.name}: fuse"):
@@ -277,10 +281,17 @@ def _lower_all(
                     computing = _fused(program.module, dtype, seen, calibration)
                     if _lowers_fused(backend, dtype):
                         forms[Form.FUSED.value] = f"engines/{program.name}.{Form.FUSED.value}"
-                        lower(program, computing, store, stage / forms[Form.FUSED.value])
+                        path = stage / forms[Form.FUSED.value]
+                        lower(narrowed(program, narrow), computing, store, path)
             if (further := writer(backend)) is not None and further.compile is not None:
                 with _step(bar, f"{program.name}: compile"):
-                    compiled = further.compile(program, computing, store, request)
+                    # What is calibrated is known by the names of the graph as it was.
+                    if calibration is None and program.component in _PICTURES and _fuses(backend, dtype):
+                        program = program.rewritten("merge", merge)
+                        if islands and half is torch.float16:
+                            seen = observe(program, half)
+                        computing = _fused(program.module, dtype, seen, calibration)
+                    compiled = further.compile(narrowed(program, narrow), computing, store, request)
                     forms |= {form.value: path for form, path in compiled.items()}
             yield EngineRecord(
                 name=program.name,
@@ -291,9 +302,10 @@ def _lower_all(
                 forms=forms,
                 weights=weights,
                 reference=reference,
-                inputs=_input_specs(program),
+                inputs=_input_specs(narrowed(program, narrow)),
                 outputs=tuple(
-                    TensorSpec(name=name, shape=value.shape) for name, value in seen.outputs.items()
+                    TensorSpec(name=name, shape=value.shape, dtype="float16" if name in narrow else "float32")
+                    for name, value in seen.outputs.items()
                 ),
                 error={},
                 verified_with="",
@@ -302,8 +314,17 @@ def _lower_all(
             )
 
 
+def _within(seen: Observation, largest: float) -> frozenset[str]:
+    """The outputs whose values are in range."""
+    return frozenset(name for name, value in seen.outputs.items() if np.abs(value).max() <= largest)
+
+
 def _in_format(
-    program: Program, dtype: DType, seen: Observation, calibration: Calibration | None
+    program: Program,
+    dtype: DType,
+    seen: Observation,
+    calibration: Calibration | None,
+    narrow: Collection[str],
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The program's graph computing in `dtype`, and what of it does not, in words."""
     module, kept = program.module, tuple[str, ...]()
@@ -312,7 +333,7 @@ def _in_format(
         kept = calibration.islands(program.module)
     if dtype in (DType.FP32, DType.INT8):
         return module, kept
-    half, islands = cast(module, dtype, seen)
+    half, islands = cast(module, dtype, seen, [i for i, name in enumerate(program.outputs) if name in narrow])
     return half, (*kept, *islands)
 
 

@@ -1,32 +1,50 @@
-"""The operators `rt::…` that a GPU runs as kernels of ours or of cuBLAS, in a form that AOTInductor can package.
+"""The operators `rt::…` that a GPU runs as kernels of ours or of a library, in a form that AOTInductor can package.
 
 https://docs.pytorch.org/tutorials/recipes/torch_compile_user_defined_triton_kernel_tutorial.html
 
-Inductor compiles the others from their references: GroupNorm and GEGLU it can merge with their neighbours.
+Where several compute the same, `rt.export.candidates` says which is taken. Inductor compiles the others from their
+references: GEGLU it can merge with its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rt.export.operators import E4M3, ops
+from rt.export.candidates import Choose
+from rt.export.operators import E4M3, REFERENCES, ops
 from rt.expression import evaluate
+from rt.kernels import group_normalize, group_statistics
 from rt.kernels.registry import spec
 from rt.kernels.spec import Case
 
+Operator = Callable[..., Tensor]
+OURS, LIBRARY, PRODUCTS, APART = "ours", "cudnn", "products", "apart"
+"""Names of candidates: a kernel of ours, cuDNN's, products with what is between them, several operators."""
+_ROWS_AT_ONCE = 4096
+_ONE_LAUNCH = 256
+"""Up to so many pixels a GroupNorm is one launch: there are too few groups to fill a GPU with longer ones."""
+_WIDEST_LIBRARY, _WIDEST = 128, 256
+"""Head widths up to which cuDNN has a kernel, and ours keeps its sums in registers without starving."""
 
-@cache
-def gpu_operators() -> Mapping[Any, Callable[..., Tensor]]:
-    """Operator to what computes it. That attention is faster so than inductor's own has not been measured."""
-    registered: Callable[..., Tensor] = torch.library.triton_op(
-        "rt_gpu::attention", attention, mutates_args={}
-    )
-    return {ops.linear_fp8.default: linear_fp8, ops.attention.default: registered}
+
+def gpu_operators(choose: Choose) -> Mapping[Any, Operator]:
+    """Operator to what computes it, on tensors of a GPU or on fake ones."""
+    return {
+        ops.linear_fp8.default: linear_fp8,
+        ops.group_norm.default: group_norm,
+        **{operator: partial(_chosen, choose, operator) for operator in _CANDIDATES},
+    }
+
+
+def _chosen(choose: Choose, operator: Any, *arguments: Any) -> Tensor:
+    candidates = _CANDIDATES[operator](*arguments)
+    return candidates[choose(operator, arguments, candidates)](*arguments)
 
 
 def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: float) -> Tensor:
@@ -44,25 +62,172 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, w
     return y.reshape(*x.shape[:-1], -1)
 
 
+def group_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    groups: int,
+    epsilon: float,
+    silu: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See `rt.export.operators`; one launch where groups are short, else two."""
+    if bias is None:
+        bias = scale.new_zeros(1, x.shape[-1], dtype=torch.float32)
+    kernel: Any = _registered("group_norm", _group_norm)
+    result: Tensor = kernel(x, bias.float(), scale.float(), shift.float(), groups, epsilon, silu)
+    return result
+
+
+def _group_norm(
+    x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool
+) -> Tensor:
+    flat = x.contiguous().flatten(1, -2)
+    batch, pixels, channels = flat.shape
+    sizes = {"batch": batch, "pixels": pixels, "channels": channels}
+    attributes = {"groups": groups, "eps": epsilon, "silu": silu}
+    # Rows that share a bias read it with a stride of 0.
+    strides = {"bias_stride": 0 if len(bias) < batch else channels}
+    bias, scale, shift = bias.contiguous(), scale.contiguous(), shift.contiguous()
+    if pixels <= _ONE_LAUNCH:
+        case = _case(flat, sizes, attributes)
+        [y] = _launch("group_norm", case, (flat, bias, scale, shift), strides)
+    else:
+        chunk = group_statistics.chunk_of(pixels)
+        case = _case(flat, sizes, {"groups": groups, "chunk": chunk})
+        statistics = _launch("group_statistics", case, (flat, bias), strides)
+        case = group_normalize.case(
+            batch, pixels, channels, chunk, groups=groups, eps=epsilon, silu=silu, dtype=case.dtype
+        )
+        [y] = _launch("group_normalize", case, (flat, bias, scale, shift, *statistics), strides)
+    return y.view(x.shape)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """See `rt.export.operators`; our kernel, which reads contiguous memory."""
-    batch, queries, channels = query.shape
-    kernel = spec("attention")
-    case = Case(
-        sizes={"batch": batch, "queries": queries, "keys": key.shape[1], "width": channels // heads},
-        dtype=str(query.dtype).removeprefix("torch."),
-        attributes={"heads": heads},
+    sizes = {
+        "batch": query.shape[0],
+        "queries": query.shape[1],
+        "keys": key.shape[1],
+        "width": query.shape[2] // heads,
+    }
+    operands = tuple(tensor.contiguous() for tensor in (query, key, value))
+    [y] = _launch("attention", _case(query, sizes, {"heads": heads}), operands)
+    return y
+
+
+def self_attention(qkv: Tensor, heads: int) -> Tensor:
+    """See `rt.export.operators`; our kernel."""
+    sizes = {"batch": qkv.shape[0], "tokens": qkv.shape[1], "width": qkv.shape[2] // 3 // heads}
+    [y] = _launch("self_attention", _case(qkv, sizes, {"heads": heads}), (qkv.contiguous(),))
+    return y
+
+
+def library_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """cuDNN's, which reads and writes heads where they are."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    y = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+    return y.transpose(1, 2).flatten(2)
+
+
+def product_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Two products and a softmax, some rows at a time: of heads so wide that a tile of them fills a multiprocessor.
+
+    At 1024 x 1024 pixels a decoder's matrix of weights has 16384 rows, half a gigabyte.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    q = q * q.shape[-1] ** -0.5
+    parts = [
+        torch.softmax(rows @ k.mT, -1, dtype=torch.float32).to(v.dtype) @ v
+        for rows in q.split(_ROWS_AT_ONCE, 2)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2).flatten(2)
+
+
+def _attention_candidates(query: Tensor, key: Tensor, value: Tensor, heads: int) -> dict[str, Operator]:
+    found: dict[str, Operator] = {OURS: _registered("attention", attention)}
+    width = query.shape[-1] // heads
+    if width > _WIDEST:
+        return {PRODUCTS: product_attention, **found}
+    if _has_library(query, width):
+        found[LIBRARY] = library_attention
+        if width >= 64:  # cuDNN pads narrower ones to as much
+            return {LIBRARY: library_attention, **found}
+    return found
+
+
+def _self_attention_candidates(qkv: Tensor, heads: int) -> dict[str, Operator]:
+    def in_three(operator: Operator) -> Operator:
+        return lambda qkv, heads: operator(*qkv.chunk(3, -1), heads)
+
+    query, key, value = qkv.chunk(3, -1)
+    found = _attention_candidates(query, key, value, heads)
+    return {
+        name: _registered("self_attention", self_attention) if name == OURS else in_three(operator)
+        for name, operator in found.items()
+    }
+
+
+def _has_library(x: Tensor, width: int) -> bool:
+    """Whether cuDNN has attention in this format, on a GPU where it is worth asking."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return (
+        half and width % 8 == 0 and width <= _WIDEST_LIBRARY and torch.cuda.get_device_capability() >= (9, 0)
     )
-    [output] = kernel.outputs
-    result = query.new_empty(kernel.extent(output, case))
+
+
+def _query_attention_candidates(
+    x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int
+) -> dict[str, Operator]:
+    def apart(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        query = F.linear(x, weight)
+        return next(iter(_attention_candidates(query, key, value, heads).values()))(query, key, value, heads)
+
+    return {APART: apart}
+
+
+def _geglu_linear_candidates(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Operator]:
+    return {APART: REFERENCES[ops.geglu_linear.default]}
+
+
+_CANDIDATES: Mapping[Any, Callable[..., dict[str, Operator]]] = {
+    ops.attention.default: _attention_candidates,
+    ops.self_attention.default: _self_attention_candidates,
+    ops.query_attention.default: _query_attention_candidates,
+    ops.geglu_linear.default: _geglu_linear_candidates,
+}
+"""Operator to everything that can compute it, the likely fastest first."""
+
+
+@cache
+def _registered(name: str, body: Operator) -> Operator:
+    """An operator whose kernels inductor packages."""
+    found: Operator = torch.library.triton_op(f"rt_gpu::{name}", body, mutates_args={})
+    return found
+
+
+def _case(x: Tensor, sizes: Mapping[str, int], attributes: Mapping[str, Any]) -> Case:
+    return Case(sizes=sizes, dtype=str(x.dtype).removeprefix("torch."), attributes=attributes)
+
+
+def _launch(
+    name: str, case: Case, inputs: tuple[Tensor, ...], scalars: Mapping[str, int] | None = None
+) -> list[Tensor]:
+    """Our kernel on contiguous tensors; `scalars` in place of what the spec says of them."""
+    kernel = spec(name)
+    results = [
+        inputs[0].new_empty(kernel.extent(output, case), dtype=getattr(torch, kernel.dtype(output, case)))
+        for output in kernel.outputs
+    ]
     config = kernel.config(case)
+    values = {key: int(evaluate(text, case.sizes)) for key, text in kernel.scalars.items()} | (scalars or {})
     run: Any = torch.library.wrap_triton(kernel.kernel)
     run[kernel.blocks(case)](
-        *(tensor.contiguous() for tensor in (query, key, value)),
-        *(int(evaluate(text, case.sizes)) for text in kernel.scalars.values()),
-        result,
+        *inputs,
+        *values.values(),
+        *results,
         **kernel.constants(case),
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return result
+    return results

@@ -36,8 +36,8 @@ from rt.backends import Form
 from rt.backends.inductor import ABOUT, About, Inductor, InductorCpu, Weight
 from rt.config import DType
 from rt.errors import BackendUnavailableError, ConfigError
+from rt.export.candidates import Fastest, first
 from rt.export.forms import Request, Writer
-from rt.export.gpu_operators import gpu_operators
 from rt.export.lower import WeightFile
 from rt.export.operators import REFERENCES
 from rt.export.program import Program
@@ -54,6 +54,12 @@ _OPTIONS: Mapping[str, Any] = {
     "cpp.march": "",
     # Kernels alone: the host code only calls them.
     "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+_GPU_OPTIONS: Mapping[str, Any] = {
+    # Two instances of a kernel may have the same code. By default they have one name, too, and are linked twice.
+    "triton.unique_user_kernel_names": True,
+    # Our graphs are channels last: inductor would take (N, H, W, C) for (N, C, H, W), and turn it once more.
+    "layout_optimization": False,
 }
 _PROCESSOR_NAMES = {
     "avx512vnni": "avx512_vnni",
@@ -178,7 +184,7 @@ def write_package(
         torch.no_grad(),
         _quiet(),
         _exact(),
-        _Operators(REFERENCES if device == "cpu" else {**REFERENCES, **gpu_operators()}),
+        _Operators(REFERENCES if device == "cpu" else {**REFERENCES, **_gpu_operators(max_autotune)}),
     ):
         exported = torch.export.export(_copy(module, device), (), inputs, strict=False)
         compiled = exported.module(check_guards=False)
@@ -186,12 +192,20 @@ def write_package(
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         with _headers(device), _folder(program.name) as folder:
-            files: Any = torch._inductor.aot_compile(compiled, (), inputs, options=_options(max_autotune))
+            files: Any = torch._inductor.aot_compile(
+                compiled, (), inputs, options=_options(device, max_autotune)
+            )
             # From where they are: a way to the GPU and back would be in vain.
             host = _tensors(module)
             offsets = {name: place(host.get(name, tensor)) for name, tensor in _tensors(compiled).items()}
             about = _about(compiled, file, offsets, device)
             _package(path, [Path(str(file)) for file in files], about, folder)
+
+
+def _gpu_operators(max_autotune: bool) -> Mapping[Any, Callable[..., Tensor]]:
+    from rt.export.gpu_operators import gpu_operators  # needs Triton, which a processor does without
+
+    return gpu_operators(Fastest() if max_autotune else first)
 
 
 def _copy(module: nn.Module, device: str) -> nn.Module:
@@ -216,10 +230,11 @@ def _place(module: fx.GraphModule, device: torch.device) -> None:
     module.recompile()
 
 
-def _options(max_autotune: bool) -> dict[str, Any]:
-    """Those of `_OPTIONS` that this release has, and that asked for."""
+def _options(device: str, max_autotune: bool) -> dict[str, Any]:
+    """Those for the device that this release has, and that asked for."""
     known = _known_options()
-    return {key: value for key, value in _OPTIONS.items() if key in known} | {"max_autotune": max_autotune}
+    wanted = {**_OPTIONS, **(_GPU_OPTIONS if device == "cuda" else {}), "max_autotune": max_autotune}
+    return {key: value for key, value in wanted.items() if key in known}
 
 
 def _known_options() -> Mapping[str, Any]:

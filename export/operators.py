@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
+from onnxscript import opset21
 from onnxscript.values import Opset
 from torch import Tensor
 
@@ -30,9 +32,33 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
-    """(B, …, C), normalised over the pixels and the C / groups channels of each group, then SiLU if asked for."""
-    y = F.group_norm(x.movedim(-1, 1).float(), groups, scale.float(), shift.float(), epsilon).movedim(1, -1)
+def self_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention of the thirds of (B, L, 3 · H · d) along the last axis → (B, L, H · d)."""
+    return attention(*qkv.chunk(3, -1), heads)
+
+
+def query_attention(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention whose queries are x Wᵀ: (B, L, C), (H · d, C), (B, S, H · d), (B, S, H · d) → (B, L, H · d)."""
+    return attention(F.linear(x, weight), key, value, heads)
+
+
+def group_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    groups: int,
+    epsilon: float,
+    silu: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(B, …, C), normalised over the pixels and the C / groups channels of each group, then SiLU if asked for.
+
+    `bias` (B or 1, C) is added to each pixel before; only what is compiled for a GPU has one.
+    """
+    h = x.movedim(-1, 1).float()
+    if bias is not None:
+        h = h + bias.float().reshape(*bias.shape, *[1] * (h.dim() - 2))
+    y = F.group_norm(h, groups, scale.float(), shift.float(), epsilon).movedim(1, -1)
     return (F.silu(y) if silu else y).to(x.dtype).contiguous()
 
 
@@ -42,9 +68,15 @@ def geglu(x: Tensor) -> Tensor:
     return (hidden * F.gelu(gate)).to(x.dtype)
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GEGLU of a linear layer: (…, I) by (2F, I) → (…, F)."""
+    return geglu(F.linear(x, weight, bias))
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """3 × 3, stride 1, zeros around: (B, H, W, I) by (O, I, 3, 3) → (B, H, W, O)."""
-    y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype), padding=1)
+    offset = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), offset, padding=1)
     return y.permute(0, 2, 3, 1).contiguous()
 
 
@@ -58,7 +90,16 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, w
     return y.to(x.dtype)
 
 
-_REFERENCES = (attention, group_norm, geglu, convolution, linear_fp8)
+_REFERENCES = (
+    attention,
+    self_attention,
+    query_attention,
+    group_norm,
+    geglu,
+    geglu_linear,
+    convolution,
+    linear_fp8,
+)
 _OPERATORS = {
     body.__name__: torch.library.custom_op(f"rt::{body.__name__}", body, mutates_args=())
     for body in _REFERENCES
@@ -70,8 +111,31 @@ def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     return torch.empty_like(query)
 
 
+@_OPERATORS["self_attention"].register_fake
+def _(qkv: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
+
+
+@_OPERATORS["query_attention"].register_fake
+def _(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@_OPERATORS["geglu_linear"].register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
 @_OPERATORS["group_norm"].register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
+def _(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    groups: int,
+    epsilon: float,
+    silu: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -81,7 +145,7 @@ def _(x: Tensor) -> Tensor:
 
 
 @_OPERATORS["convolution"].register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -97,8 +161,11 @@ REFERENCES: dict[Any, Callable[..., Tensor]] = {
 """Each operator's body in standard ones."""
 HALVES: dict[Any, int] = {
     ops.attention.default: 3,
+    ops.self_attention.default: 1,
+    ops.query_attention.default: 4,
     ops.group_norm.default: 1,
     ops.geglu.default: 1,
+    ops.geglu_linear.default: 3,
     ops.convolution.default: 2,
     ops.linear_fp8.default: 1,
 }
@@ -110,11 +177,27 @@ def _attention_flops(node: torch.fx.Node) -> int:
     return int(4 * value(query).numel() * value(key).shape[1])
 
 
+def _self_attention_flops(node: torch.fx.Node) -> int:
+    return int(4 * value(node).numel() * value(node).shape[1])
+
+
+def _query_attention_flops(node: torch.fx.Node) -> int:
+    _, weight, key, *_ = cast(tuple[torch.fx.Node, ...], node.args)
+    return int(2 * value(node).numel() * (value(weight).shape[1] + 2 * value(key).shape[1]))
+
+
+def _geglu_linear_flops(node: torch.fx.Node) -> int:
+    return int(4 * value(node).numel() * value(node.all_input_nodes[1]).shape[1])
+
+
 def _convolution_flops(node: torch.fx.Node) -> int:
     return int(2 * value(node).numel() * value(node.all_input_nodes[1])[0].numel())
 
 
 FLOPS[ops.attention.default] = _attention_flops
+FLOPS[ops.self_attention.default] = _self_attention_flops
+FLOPS[ops.query_attention.default] = _query_attention_flops
+FLOPS[ops.geglu_linear.default] = _geglu_linear_flops
 FLOPS[ops.convolution.default] = _convolution_flops
 
 _BODIES = (
@@ -216,13 +299,16 @@ def translations() -> dict[Any, Any]:
     def to_attention(query, key, value, heads: int):  # type: ignore[no-untyped-def]
         return rt.Attention(query, key, value, heads=heads)
 
-    def to_group_norm(x, scale, shift, groups: int, epsilon: float, silu: bool):  # type: ignore[no-untyped-def]
+    def to_group_norm(x, scale, shift, groups: int, epsilon: float, silu: bool, bias=None):  # type: ignore[no-untyped-def]
+        assert bias is None, "no graph in ONNX has one"
         return rt.GroupNorm(x, scale, shift, groups=groups, epsilon=epsilon, silu=int(silu))
 
     def to_geglu(x):  # type: ignore[no-untyped-def]
         return rt.Geglu(x)
 
     def to_convolution(x, weight, bias):  # type: ignore[no-untyped-def]
+        if bias is None:  # kernels want one
+            bias = opset21.Constant(value=ir.tensor(np.zeros(weight.shape[0], np.float32)))
         return rt.Convolution(x, weight, bias)
 
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +53,12 @@ class Program:
             bytes=(before.bytes, after.bytes),
         )
         return replace(self, module=module, passes=(*self.passes, record))
+
+
+def narrowed(program: Program, names: Collection[str]) -> Program:
+    """With those inputs in fp16, as they are read: to cast them would be a launch each, in every step."""
+    inputs = {name: value.half() if name in names else value for name, value in program.inputs.items()}
+    return replace(program, inputs=inputs)
 
 
 def trace_program(

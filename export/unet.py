@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rt.export.passes.early_bias import early_bias
 from rt.export.passes.hoist import hoist
 from rt.export.passes.shallow import split_shallow
 from rt.export.passes.sink import sink
@@ -93,7 +94,7 @@ def trace_step(
     guided: bool = False,
 ) -> Program:
     """The whole U-Net, with everything that it depends on as an input."""
-    return trace_program(
+    step = trace_program(
         _name(Component.UNET, profile, guided),
         Component.UNET,
         profile,
@@ -102,6 +103,7 @@ def trace_step(
         ("prediction",),
         guided=guided,
     )
+    return step.rewritten("early bias", early_bias)
 
 
 def split_context(step: Program) -> tuple[Program, Program]:

@@ -71,7 +71,27 @@ def attention(
     BLOCK_S: tl.constexpr,  # keys at a time
 ):
     """In Triton: a program for `BLOCK_L` queries of a head."""
-    stride: tl.constexpr = heads * width
+    row: tl.constexpr = heads * width
+    attend(query, key, value, queries, keys, out, row, width, heads, WIDE, NARROW, BLOCK_L, BLOCK_S)
+
+
+@triton.jit
+def attend(
+    query,
+    key,
+    value,
+    queries,
+    keys,
+    out,
+    stride: tl.constexpr,  # of a row of query, key or value
+    width: tl.constexpr,
+    heads: tl.constexpr,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """What a program of `attention` does; the operands may lie in wider rows."""
     scale: tl.constexpr = LOG2_E / width**0.5  # exp(x) = 2^(x · log2 e)
     wide_padded: tl.constexpr = width < WIDE
     narrow_padded: tl.constexpr = width < WIDE + NARROW
@@ -79,7 +99,7 @@ def attention(
     query += batch * queries * stride + head * width
     key += batch * keys * stride + head * width
     value += batch * keys * stride + head * width
-    out += batch * queries * stride + head * width
+    out += (batch * queries * heads + head) * width
 
     t = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     wide = tl.arange(0, WIDE)
@@ -118,7 +138,7 @@ def attention(
             y_wide = tl.dot(w, v, y_wide * shrink[:, None])
             total = total * shrink + tl.sum(weights, 1)  # last: the products of a Hopper run meanwhile
 
-    row, inside = out + t[:, None] * stride, t[:, None] < queries
+    row, inside = out + t[:, None] * (heads * width), t[:, None] < queries
     y_wide = (y_wide / total[:, None]).to(out.dtype.element_ty)
     tl.store(row + wide[None, :], y_wide, inside & (wide[None, :] < width))
     if NARROW:

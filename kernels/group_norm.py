@@ -5,7 +5,8 @@
     y = y · sigmoid(y)                                 if silu
 
 Everything but x and y is fp32; so are all sums. The bias is the time embedding of a residual block, which may hold the
-bias of the convolution before it, too; a norm that has none is given zeros.
+bias of the convolution before it, too; a norm that has none is given zeros. A caller of the Triton function whose rows
+share one bias has it read with a stride of 0.
 
 A program owns one group of one row of the batch. It reads the group twice: statistics (`welford`), then the result; the
 second time it comes from the L2 cache. `group_statistics` and `group_normalize` spread a group over many programs, for
@@ -25,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rt.kernel_image import TensorArgument
-from rt.kernels import welford
 from rt.kernels.spec import Budget, Case, Config, KernelSpec
+from rt.kernels.welford import accumulate, merge, seen
 
 
 def reference(
@@ -44,6 +45,7 @@ def group_norm(
     scale,
     shift,
     pixels,
+    bias_stride,
     y,
     channels: tl.constexpr,
     groups: tl.constexpr,
@@ -58,7 +60,7 @@ def group_norm(
     column = tl.arange(0, WIDTH)
     channel = tl.program_id(0) % groups * width + column
     inside = column < width
-    added = tl.load(bias + row * channels + channel, inside, 0.0)[None, :]
+    added = tl.load(bias + row * bias_stride + channel, inside, 0.0)[None, :]
 
     pixel = tl.arange(0, BLOCK)
     start = row.to(tl.int64) * pixels * channels  # a picture may hold more than 2³¹ values
@@ -71,9 +73,9 @@ def group_norm(
             tl.load(x + start + tl.cast(first, tl.int64) * channels + offset, valid, 0.0).to(tl.float32)
             + added
         )
-        mean, m2 = welford.accumulate(value, mean, m2, first // BLOCK + 1.0, valid)
-    mean, m2 = welford.merge(mean, m2, welford.seen(pixels, pixel, BLOCK)[:, None], 0)
-    mean, m2 = welford.merge(mean, m2, tl.where(inside, pixels, 0).to(tl.float32), 0)
+        mean, m2 = accumulate(value, mean, m2, first // BLOCK + 1.0, valid)
+    mean, m2 = merge(mean, m2, seen(pixels, pixel, BLOCK)[:, None], 0)
+    mean, m2 = merge(mean, m2, tl.where(inside, pixels, 0).to(tl.float32), 0)
 
     factor = tl.load(scale + channel, inside, 0.0)[None, :] * tl.rsqrt(m2 / (pixels * width) + eps)
     term = tl.load(shift + channel, inside, 0.0)[None, :]
@@ -162,7 +164,7 @@ SPEC = KernelSpec(
         TensorArgument(name="scale", shape=("channels",), dtype="float32"),
         TensorArgument(name="shift", shape=("channels",), dtype="float32"),
     ),
-    scalars={"pixels": "pixels"},
+    scalars={"pixels": "pixels", "bias_stride": "channels"},
     outputs=(TensorArgument(name="y", shape=("batch", "pixels", "channels"), dtype="T"),),
     fixed=("channels",),
     config=config,

@@ -54,6 +54,7 @@ def group_normalize(
     mean,
     m2,
     pixels,
+    bias_stride,
     y,
     channels: tl.constexpr,
     groups: tl.constexpr,
@@ -96,7 +97,7 @@ def group_normalize(
     inside = (column < GROUPS * width) & (channel < channels)
     owns = (column // width)[None, :] == member[:, None]  # from a value a group to one a channel
     factor = tl.load(scale + channel, inside, 0.0) * tl.sum(tl.where(owns, inverse[:, None], 0.0), 0)
-    added = tl.load(bias + row * channels + channel, inside, 0.0)
+    added = tl.load(bias + row * bias_stride + channel, inside, 0.0)
     added -= tl.sum(tl.where(owns, whole[:, None], 0.0), 0)
     term = tl.load(shift + channel, inside, 0.0)
 
@@ -183,7 +184,7 @@ SPEC = KernelSpec(
         TensorArgument(name="mean", shape=PER_GROUP, dtype="float32"),
         TensorArgument(name="m2", shape=PER_GROUP, dtype="float32"),
     ),
-    scalars={"pixels": "pixels"},
+    scalars={"pixels": "pixels", "bias_stride": "channels"},
     outputs=(TensorArgument(name="y", shape=("batch", "pixels", "channels"), dtype="T"),),
     fixed=("channels",),
     config=config,

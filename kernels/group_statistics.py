@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rt.kernel_image import TensorArgument
-from rt.kernels import welford
 from rt.kernels.group_norm import off_centre
 from rt.kernels.spec import Budget, Case, Config, KernelSpec
+from rt.kernels.welford import accumulate, merge, seen
 
 
 def reference(x: Tensor, bias: Tensor, *, groups: int, chunk: int) -> tuple[Tensor, Tensor]:
@@ -37,6 +37,7 @@ def group_statistics(
     x,
     bias,
     pixels,
+    bias_stride,
     mean,
     m2,
     channels: tl.constexpr,
@@ -55,7 +56,7 @@ def group_statistics(
     column = tl.arange(0, TILE)
     channel = group * width + column
     inside = (column < GROUPS * width) & (channel < channels)
-    added = tl.load(bias + row * channels + channel, inside, 0.0)[None, :]
+    added = tl.load(bias + row * bias_stride + channel, inside, 0.0)[None, :]
 
     pixel = tl.arange(0, BLOCK)
     start = (row.to(tl.int64) * pixels + part * chunk) * channels
@@ -66,13 +67,13 @@ def group_statistics(
     for first in range(0, here, BLOCK):
         valid = (first + pixel < here)[:, None] & inside[None, :]
         value = tl.load(x + start + first * channels + offset, valid, 0.0).to(tl.float32) + added
-        average, squares = welford.accumulate(value, average, squares, first // BLOCK + 1.0, valid)
-    average, squares = welford.merge(average, squares, welford.seen(here, pixel, BLOCK)[:, None], 0)
+        average, squares = accumulate(value, average, squares, first // BLOCK + 1.0, valid)
+    average, squares = merge(average, squares, seen(here, pixel, BLOCK)[:, None], 0)
 
     member = tl.arange(0, GROUPS_TILE)
     owns = (column // width)[None, :] == member[:, None]
     count = tl.where(owns, here, 0).to(tl.float32)
-    average, squares = welford.merge(average[None, :], tl.where(owns, squares[None, :], 0.0), count, 1)
+    average, squares = merge(average[None, :], tl.where(owns, squares[None, :], 0.0), count, 1)
     at = (row * tl.num_programs(1) + part) * groups + group + member
     valid = (member < GROUPS) & (group + member < groups)
     tl.store(mean + at, average, valid)
@@ -135,7 +136,7 @@ SPEC = KernelSpec(
         TensorArgument(name="x", shape=("batch", "pixels", "channels"), dtype="T"),
         TensorArgument(name="bias", shape=("batch", "channels"), dtype="float32"),
     ),
-    scalars={"pixels": "pixels"},
+    scalars={"pixels": "pixels", "bias_stride": "channels"},
     outputs=(
         TensorArgument(name="mean", shape=("batch", "cdiv(pixels, chunk)", "groups"), dtype="float32"),
         TensorArgument(name="m2", shape=("batch", "cdiv(pixels, chunk)", "groups"), dtype="float32"),

@@ -24,6 +24,7 @@ NAMES = (
     "layer_norm",
     "philox",
     "select_rows",
+    "self_attention",
     "to_pixels",
 )
 

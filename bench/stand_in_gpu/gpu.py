@@ -40,7 +40,7 @@ class Model:
     minor: int
     multi_processor_count: int
     total_memory: int
-    L2_cache_size: int  # noqa: N815
+    L2_cache_size: int
     shared_memory_per_block_optin: int
     shared_memory_per_multiprocessor: int
     shared_memory_per_block: int = 48 * 1024
@@ -49,7 +49,7 @@ class Model:
     max_threads_per_block: int = 1024
     warp_size: int = 32
     is_integrated: bool = False
-    gcnArchName: str = ""  # noqa: N815 (of AMD)
+    gcnArchName: str = ""
 
     @property
     def capability(self) -> int:
@@ -70,8 +70,7 @@ H200 = Model(
 
 
 def install(model: Model = H200) -> FakeTensorMode:
-    """Let this process see `model`, and give the mode to which its tensors belong.
-    """
+    """Let this process see `model`, and give the mode to which its tensors belong."""
     _register_patterns()
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=_shapes())
     _load_guard()
@@ -104,7 +103,15 @@ def _load_guard() -> None:
     base = Path(str(torch.__file__)).parent
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "guard.so")
-        flags = ["-O0", "-std=c++20", "-fPIC", "-shared", f"-I{base / 'include'}", f"-L{base / 'lib'}", "-lc10"]
+        flags = [
+            "-O0",
+            "-std=c++20",
+            "-fPIC",
+            "-shared",
+            f"-I{base / 'include'}",
+            f"-L{base / 'lib'}",
+            "-lc10",
+        ]
         subprocess.run(["g++", str(_HERE / "guard.cpp"), *flags, "-o", str(library)], check=True)
         ctypes.CDLL(str(library))
 
@@ -147,7 +154,9 @@ def _answer_for_cuda(model: Model) -> None:
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "_exchange_device": lambda *_: 0,
         "_maybe_exchange_device": lambda *_: 0,
-        **dict.fromkeys(("_lazy_init", "empty_cache", "set_device", "set_rng_state", "synchronize"), _nothing),
+        **dict.fromkeys(
+            ("_lazy_init", "empty_cache", "set_device", "set_rng_state", "synchronize"), _nothing
+        ),
         "device": _Guard,
         "_DeviceGuard": _Guard,
     }
@@ -219,7 +228,8 @@ class _Driver:
     def __init__(self, model: Model) -> None:
         self._model = model
         self.utils = SimpleNamespace(
-            get_device_properties=self._properties, load_binary=lambda *_: (0, 0, 0, 0, model.max_threads_per_block)
+            get_device_properties=self._properties,
+            load_binary=lambda *_: (0, 0, 0, 0, model.max_threads_per_block),
         )
 
     def get_current_target(self) -> Any:

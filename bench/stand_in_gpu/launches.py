@@ -60,7 +60,9 @@ def launches(code: str) -> Counter[str]:
 
 def _kind(name: str, *, ours: bool) -> str:
     if ours:
-        return next((kind for start, kind in _TRITON.items() if name.startswith(start)), re.sub(r"_\d+$", "", name))
+        return next(
+            (kind for start, kind in _TRITON.items() if name.startswith(start)), re.sub(r"_\d+$", "", name)
+        )
     bare = name.strip("_").removesuffix("_out").removesuffix("_v2")
     return _LIBRARY.get(bare, bare)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,8 +15,9 @@ from rt.export.observe import Observation
 from rt.export.passes.cast import cast
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
+from rt.export.passes.merge import merge
 from rt.export.passes.sink import sink
-from rt.export.program import Program
+from rt.export.program import Program, narrowed
 from rt.export.trace import trace
 from rt.export.unet import split_context, split_time, trace_step
 from rt.export.weights import build
@@ -63,17 +65,18 @@ def lowered(wanted: Wanted, mode: FakeTensorMode) -> tuple[Program, nn.Module]:
     profile = ShapeProfile(wanted.side, wanted.side)
     with mode:
         network = build(wanted.component, configs[FOLDERS[wanted.component]]).eval().requires_grad_(False)
-        if wanted.component is Component.UNET:
-            step = trace_step(network, spec, profile, {}, guided=wanted.guided)
-            step = split_context(step.rewritten("sink", sink) if wanted.guided else step)[1]
-            program = split_time(step)[1]
-        else:
+        if wanted.component is not Component.UNET:
             [program] = trace(wanted.component, network, spec, (profile,))
-        return in_half(program)
+            return in_half(program)
+        step = trace_step(network, spec, profile, {}, guided=wanted.guided)
+        context, step = split_context(step.rewritten("sink", sink) if wanted.guided else step)
+        return in_half(split_time(step)[1], narrow=context.outputs)
 
 
-def in_half(program: Program) -> tuple[Program, nn.Module]:
-    """Fused and in fp16."""
-    program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
+def in_half(program: Program, narrow: Collection[str] = ()) -> tuple[Program, nn.Module]:
+    """Fused and in fp16, the inputs of these names, too."""
+    for name, rewrite in (("layout", channels_last), ("fuse", fuse), ("merge", merge)):
+        program = program.rewritten(name, rewrite)
     nothing = Observation(outputs={}, magnitudes={}, logits={}, losses={})
-    return program, cast(program.module, DType.FP16, nothing)[0]
+    module, _ = cast(program.module, DType.FP16, nothing)
+    return narrowed(program, narrow), module

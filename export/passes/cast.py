@@ -6,12 +6,13 @@ Decided by what each op reads, and by what `rt.export.observe` measured on the m
 - any op that gives or reads a value near the end of the format's range computes in fp32;
 - int8 operands stay as they are, and so do the products that read them; what reads fp8 computes in half;
 - the rest follows its inputs.
-Inputs and outputs of the graph stay fp32.
+Inputs and outputs of the graph stay fp32, but for those that one program hands to another, as `narrow` says.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from functools import reduce
 from typing import Any
 
@@ -47,13 +48,17 @@ _PRODUCTS = {
 _HEADROOM = 4.0
 
 
-def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Module, tuple[str, ...]]:
+def cast(
+    module: fx.GraphModule, dtype: DType, seen: Observation, narrow: Collection[int] = ()
+) -> tuple[nn.Module, tuple[str, ...]]:
     """`module` computing in `dtype`, as a module to trace again, and its islands in words.
 
     Args:
         module: A graph in fp32.
         dtype: FP16 or BF16.
         seen: A run in fp32, observed for this format.
+        narrow: Positions of the outputs that are given as the graph computes them. An input is taken in whatever format
+            the cast graph is traced with.
     """
     half = HALF[dtype]
     format = torch.finfo(half)
@@ -87,7 +92,7 @@ def cast(module: fx.GraphModule, dtype: DType, seen: Observation) -> tuple[nn.Mo
         ),
         *(f"{len(of)} {op}: would lose up to {max(of):.1e}" for op, of in sorted(lossy.items())),
     ]
-    return _Cast(module, half, islands, wide), tuple(words)
+    return _Cast(module, half, islands, wide, narrow), tuple(words)
 
 
 def _name(node: fx.Node) -> str:
@@ -101,14 +106,21 @@ def in_range(half: torch.dtype) -> float:
 
 
 class _Cast(nn.Module):
-    def __init__(self, module: fx.GraphModule, half: torch.dtype, islands: set[str], wide: set[str]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        half: torch.dtype,
+        islands: set[str],
+        wide: set[str],
+        narrow: Collection[int],
+    ) -> None:
         super().__init__()
         weights = {
             node.target: _weight(module, node, half, islands)
             for node in module.graph.nodes
             if node.op == "get_attr"
         }
-        self.format, self.islands, self.wide = half, islands, wide
+        self.format, self.islands, self.wide, self.narrow = half, islands, wide, narrow
         self.graph_module = fx.GraphModule(weights, module.graph)
 
     def forward(self, **inputs: Tensor) -> Any:
@@ -138,7 +150,11 @@ class _CastInterpreter(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().output(target, _to(torch.float32, args), kwargs)
+        formats = [
+            self.policy.format if i in self.policy.narrow else torch.float32 for i in range(len(args[0]))
+        ]
+        given = tuple(_to(format, value) for format, value in zip(formats, args[0], strict=True))
+        return super().output(target, (given,), kwargs)
 
 
 def _to(dtype: torch.dtype, tree: Any) -> Any:

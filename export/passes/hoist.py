@@ -19,6 +19,7 @@ from rt.export.passes.shapes import module_of
 from rt.export.passes.sink import repeated
 
 aten = torch.ops.aten
+_VIEWS = {aten.permute.default, aten.reshape.default, aten.transpose.int, aten.view.default}
 
 
 def hoist(
@@ -38,8 +39,10 @@ def hoist(
         if node.op == "call_function" and inputs and inputs <= {*sources}
     }
     for node in reversed(module.graph.nodes):
-        # A repeat stays with what needs it: otherwise every row would cross twice.
-        if node in early and repeated(node) is not None and early.isdisjoint(node.users):
+        # A repeat stays with what needs it: otherwise every row would cross twice. And so do the views that take heads
+        # apart, as fused attention wants them together.
+        stays = node in early and (repeated(node) is not None or node.target in _VIEWS)
+        if stays and early.isdisjoint(node.users):
             early.remove(node)
     crossing = [node for node in module.graph.nodes if node in early and not early.issuperset(node.users)]
     constant = {node for node, inputs in reads.items() if not inputs and node.op != "output"}

@@ -103,18 +103,21 @@ class _Layout:
             node, None, None, None, (1,), (0,), (1,), 1
         )
         (out, channels, *kernel), ones = value(weight).shape, {1}
-        if bias is None or groups != 1 or {*stride} != ones or {*dilation} != ones:
+        if groups != 1 or {*stride} != ones or {*dilation} != ones:
             return False
         if kernel == [1, 1] and {*padding} == {0}:
             matrix = self._call(aten.reshape.default, self.as_it_was(weight), [out, channels])
-            last, offset = self.channels_last(x), self.as_it_was(bias)
+            last, offset = self.channels_last(x), self._bias(bias)
             self.moved[node] = self._call(aten.linear.default, last, matrix, offset)
             return True
         if kernel == [3, 3] and {*padding} == ones and channels % _IN == 0 and out % _OUT == 0:
-            parameters = (self.as_it_was(weight), self.as_it_was(bias))
+            parameters = (self.as_it_was(weight), self._bias(bias))
             self.moved[node] = self._call(ops.convolution.default, self.channels_last(x), *parameters)
             return True
         return False
+
+    def _bias(self, bias: fx.Node | None) -> fx.Node | None:
+        return None if bias is None else self.as_it_was(bias)
 
     def _double(self, node: fx.Node) -> None:
         """Each pixel twice along both axes, as copies of whole rows of channels."""

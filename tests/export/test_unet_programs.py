@@ -191,7 +191,7 @@ def test_a_shallow_step_is_a_small_part_of_a_full_one(
 def test_every_pass_says_what_it_saved(real: Callable[[str, int], Programs]) -> None:
     step = real("sd15", 1)[Component.UNET, True]
     saved = {record.name: record for record in step.passes}
-    assert [*saved] == ["simplify", "fold", "sink", "hoist context", "hoist time"]
+    assert [*saved] == ["simplify", "fold", "early bias", "sink", "hoist context", "hoist time"]
     assert saved["sink"].flops[1] < 0.98 * saved["sink"].flops[0], "a fortieth of all work"
     for one, next_one in zip(step.passes, step.passes[1:], strict=False):
         assert (one.nodes[1], one.flops[1], one.bytes[1]) == (

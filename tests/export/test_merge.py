@@ -1,0 +1,185 @@
+"""Merged graphs compute what they did before, and with fewer operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rt.export.checkpoint import open_checkpoint
+from rt.export.operators import ops
+from rt.export.passes.early_bias import early_bias
+from rt.export.passes.fuse import fuse
+from rt.export.passes.layout import channels_last
+from rt.export.passes.merge import merge
+from rt.export.passes.sink import sink
+from rt.export.program import Program, trace_program
+from rt.export.trace import trace
+from rt.export.unet import split_context, split_time, trace_step
+from rt.model import Component, Family
+from rt.shapes import ShapeProfile
+
+aten = torch.ops.aten
+
+
+def outputs(program: Program, inputs: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return [*program.module(**inputs)]
+
+
+def far(got: list[Tensor], expected: list[Tensor]) -> float:
+    return max(float((one - other).norm() / other.norm()) for one, other in zip(got, expected, strict=True))
+
+
+def operators(program: Program) -> Counter[Any]:
+    return Counter(node.target for node in program.module.graph.nodes if node.op == "call_function")
+
+
+def fused(program: Program) -> Program:
+    return program.rewritten("layout", channels_last).rewritten("fuse", fuse)
+
+
+def fresh(program: Program) -> dict[str, Tensor]:
+    return {name: torch.randn(value.shape) for name, value in program.inputs.items()}
+
+
+@pytest.mark.parametrize("family", Family)
+def test_a_step_is_the_same_with_fewer_operators(folder: Callable[[Family], Path], family: Family) -> None:
+    checkpoint = open_checkpoint(str(folder(family)))
+    side = checkpoint.spec.sample_size * checkpoint.spec.vae_scale_factor  # type: ignore[operator]
+    network = checkpoint.load(Component.UNET)
+    step = trace_step(network, checkpoint.spec, ShapeProfile(side, side), {}, guided=True)
+    before = fused(split_time(split_context(step.rewritten("sink", sink))[1])[1])
+    inputs = fresh(before)
+    expected, counted = outputs(before, inputs), operators(before)
+    # The passes change graphs in place.
+    after = before.rewritten("merge", merge)
+    assert far(outputs(after, inputs), expected) < 1e-5
+    merged = operators(after)
+    attentions = [merged[ops.self_attention.default], merged[ops.query_attention.default]]
+    # The query of the first block that meets the text is that of both sides, and comes repeated, but in SDXL.
+    assert sum(attentions) + merged[ops.attention.default] == counted[ops.attention.default]
+    half = counted[ops.attention.default] // 2
+    assert attentions == [half, half - (family is not Family.SDXL)]
+    assert merged[ops.geglu_linear.default] == counted[ops.geglu.default] > 0
+    assert ops.geglu.default not in merged
+    # Of each block less: two of three products, the query's, GEGLU's; of each transformer the last but one.
+    transformers = sum(name.endswith(".proj_out") for name, _ in network.named_modules())
+    less = 2 * attentions[0] + attentions[1] + merged[ops.geglu_linear.default] + transformers
+    assert counted[aten.linear.default] - merged[aten.linear.default] == less
+    norms = [node for node in after.module.graph.nodes if node.target is ops.group_norm.default]
+    assert norms and all(len(norm.args) == 7 for norm in norms)
+    # Every residual block adds its timestep in a norm, but for the one of SDXL whose timestep takes the sides apart.
+    added = [norm for norm in norms if norm.args[6].op != "get_attr"]
+    blocks = sum(name.endswith(".time_emb_proj") for name, _ in network.named_modules())
+    assert len(added) == blocks - (family is Family.SDXL)
+
+
+def test_the_bias_of_a_convolution_moves_to_the_timestep(folder: Callable[[Family], Path]) -> None:
+    checkpoint = open_checkpoint(str(folder(Family.SD1)))
+    side = checkpoint.spec.sample_size * checkpoint.spec.vae_scale_factor  # type: ignore[operator]
+    network = checkpoint.load(Component.UNET)
+    parameters = {name: value.clone() for name, value in network.named_parameters()}
+    step = trace_step(network, checkpoint.spec, ShapeProfile(side, side), {})
+    assert [record.name for record in step.passes][-1] == "early bias"
+    blocks = sum(name.endswith(".time_emb_proj") for name, _ in network.named_modules())
+    without = [
+        node
+        for node in step.module.graph.nodes
+        if node.target is aten.conv2d.default and (len(node.args) < 3 or node.args[2] is None)
+    ]
+    assert len(without) == blocks > 0
+    inputs = fresh(step) | {"timestep": torch.tensor([321.0])}
+    expected = network(inputs["latents"], inputs["timestep"], inputs["context"]).sample
+    assert far(outputs(step, inputs), [expected]) < 1e-5
+    assert all(torch.equal(value, parameters[name]) for name, value in network.named_parameters())
+
+
+def test_a_decoder_is_the_same_merged(folder: Callable[[Family], Path]) -> None:
+    checkpoint = open_checkpoint(str(folder(Family.SD1)))
+    network = checkpoint.load(Component.VAE_DECODER)
+    [program] = trace(Component.VAE_DECODER, network, checkpoint.spec, (ShapeProfile(32, 48),))
+    before = fused(program)
+    inputs = fresh(before)
+    expected = outputs(before, inputs)
+    after = before.rewritten("merge", merge)
+    assert far(outputs(after, inputs), expected) < 1e-5
+    assert operators(after)[ops.self_attention.default] == 1
+
+
+class Composed(nn.Module):
+    """Two linear layers with a sum between; what is between them may be read by somebody else, or be a product."""
+
+    def __init__(
+        self, *, wide: int = 8, between: Callable[[Tensor], Tensor] = lambda x: x, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(32, 8, bias=bias), nn.Linear(8, wide, bias=bias)
+        self.between = between
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        return (self.outer(self.between(y + self.inner(x))),)
+
+
+class Twice(Composed):
+    """What is between is read twice."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        total = y + self.inner(x)
+        return (self.outer(total) * total,)
+
+
+@pytest.mark.parametrize(
+    ("net", "linears"),
+    [
+        (Composed(), 1),
+        (Composed(bias=False), 1),
+        (Composed(wide=4), 1),
+        (Composed(between=lambda x: x.view(1, 2, 3, 8)), 1),
+        (Composed(wide=16), 2),  # would be more work
+        (Composed(between=torch.relu), 2),
+        (Twice(), 2),
+    ],
+    ids=["bias", "no bias", "narrow", "a view", "wide", "relu", "read twice"],
+)
+def test_linear_layers_with_a_sum_between_are_one(net: nn.Module, linears: int) -> None:
+    inputs = {"x": torch.randn(1, 6, 32), "y": torch.randn(1, 6, 8)}
+    program = trace_program("net", Component.UNET, None, net, inputs, ("z",))
+    fresh_inputs = fresh(program)
+    expected = outputs(program, fresh_inputs)
+    after = replace(program, module=merge(program.module))
+    assert operators(after)[aten.linear.default] == linears
+    assert far(outputs(after, fresh_inputs), expected) < 1e-5
+
+
+class Residual(nn.Module):
+    """A convolution and what is added to it."""
+
+    def __init__(self, early: nn.Module) -> None:
+        super().__init__()
+        self.late, self.early = nn.Conv2d(4, 4, 3, padding=1), early
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor]:
+        return (self.late(x) + self.early(t)[:, :, None, None],)
+
+
+@pytest.mark.parametrize(
+    ("early", "biases"),
+    [(nn.Linear(8, 4), 1), (nn.Linear(8, 4, bias=False), 2)],
+    ids=["moved", "no place for it"],
+)
+def test_a_bias_moves_where_there_is_one_to_join(early: nn.Module, biases: int) -> None:
+    inputs = {"x": torch.randn(1, 4, 5, 5), "t": torch.randn(1, 8)}
+    program = trace_program("net", Component.UNET, None, Residual(early), inputs, ("z",))
+    expected = outputs(program, inputs)
+    after = replace(program, module=early_bias(program.module))
+    assert far(outputs(after, inputs), expected) < 1e-6
+    convolution = next(n for n in after.module.graph.nodes if n.target is aten.conv2d.default)
+    kept = convolution.args[2] is not None
+    assert kept == (biases == 2)
