@@ -11,7 +11,7 @@ from rt.bench.gpu_parts.bars import bars
 from rt.bench.gpu_parts.part import Figures, Part
 from rt.bench.gpu_parts.parts import PARTS
 from rt.bench.gpu_parts.record import Gpu, Outcome, Run, Status, runs
-from rt.bench.gpu_parts.settings import COMPILED, OURS, UNET, VAE, measure_name
+from rt.bench.gpu_parts.settings import COMPILED, OURS, REDUCED, UNET, VAE, measure_name
 from rt.bench.markdown import table
 
 Record = Mapping[str, Any]
@@ -336,6 +336,67 @@ def _ablation(figures: Figures, ceilings: Figures) -> Table:
     return ("guided step of SD 1.5", "time", "×", "GFLOP", "error"), rows, ""
 
 
+def _environment(figures: Figures, ceilings: Figures) -> Table:
+    facts = figures["facts"]
+    problems = [f"{name}: {said}" for name, said in facts.items() if said.startswith("no: ")]
+    return ("what", "found"), [*facts.items()], " ".join(f"{problem}." for problem in problems)
+
+
+def _selftest(figures: Figures, ceilings: Figures) -> Table:
+    rows: Rows = [
+        (row["backend"], row["dtype"], row["form"], row["result"], row["detail"])
+        for row in figures["outcomes"]
+    ]
+    failed = [
+        f"{row['backend']} {row['dtype']}: {row['detail']}"
+        for row in figures["outcomes"]
+        if not row["passed"]
+    ]
+    return (
+        ("engine", "format", "form", "result", "detail"),
+        rows,
+        f"Wrong: {'; '.join(failed)}." if failed else "",
+    )
+
+
+def _packages(figures: Figures, ceilings: Figures) -> Table:
+    """A line a package, with the time and the launches of each kind of kernel that any of them has."""
+    timed = [row for row in figures["packages"] if "time" in row]
+    kinds = [*dict.fromkeys(kind for row in timed for kind in row.get("us", {}))]
+    rows: Rows = []
+    for row in figures["packages"]:
+        if "time" not in row:
+            rows.append((row["package"], "failed", *[""] * (len(kinds) + 2)))
+            continue
+        us, launches = row.get("us", {}), row.get("launches", {})
+        cells = [f"{_time(us[kind] / 1e6)} in {launches[kind]}" if kind in us else "" for kind in kinds]
+        count = str(sum(launches.values())) if launches else ""
+        rows.append(
+            (row["package"], _time(row["time"]["median_s"]), count, *cells, f"{row['ready_s']:.1f} s")
+        )
+    how = "tried out" if figures["tried"] else "as it deems best"
+    note = f"Random weights, nothing tuned; cuDNN's convolutions {how}."
+    problems = [f"{row['package']}: {row['problem']}" for row in figures["packages"] if "problem" in row]
+    problems += [f"{row['package']} gives NaN or Inf" for row in timed if not row["finite"]]
+    return (
+        ("package", "time", "launches", *kinds, "ready"),
+        rows,
+        " ".join([note, *(f"{p}." for p in problems)]),
+    )
+
+
+def _steps(figures: Figures, ceilings: Figures) -> Table:
+    """Each candidate's time, with the compiler's over it."""
+    candidates = figures["candidates"]
+    base = candidates.get(REDUCED)
+    rows: Rows = []
+    for name, row in candidates.items():
+        seconds = row["time"]["median_s"]
+        ratio = f"{base['time']['median_s'] / seconds:.2f}" if base else ""
+        rows.append((name, _time(seconds), ratio, f"{row['ready_s']:.0f} s"))
+    return ("guided step", "time", f"× {COMPILED}", "ready"), rows, "Random weights, not the same ones."
+
+
 def _fp8(figures: Figures, ceilings: Figures) -> Table:
     names = ("fp16", "fp8", "fp8 with cast")
     rows = [
@@ -351,9 +412,13 @@ def _fp8(figures: Figures, ceilings: Figures) -> Table:
 
 _TABLES: Mapping[str, Callable[[Figures, Figures], Table]] = {
     "ceilings": _ceilings,
+    "environment": _environment,
     "kernels": _kernels,
     "timings": _timings,
     "bundles": _bundles,
+    "packages": _packages,
+    "selftest": _selftest,
+    "steps": _steps,
     "payloads": _payloads,
     "demo": _demo,
     "models": _model,
