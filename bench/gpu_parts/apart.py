@@ -27,6 +27,8 @@ from rt.errors import RtError
 
 _PATIENCE_S = 10.0
 _LOOK_S = 0.5
+_LEFT: list[subprocess.Popen[bytes]] = []
+"""Processes that do not end, and that nobody waits for."""
 
 Work = Callable[[Context], Iterator[Any]]
 
@@ -116,11 +118,12 @@ class _Process:
                 stderr=output,
             )
         theirs.close()
+        self._connection.send(sys.path)  # before what is found there
 
     def run(self, work: Work, context: Context, log: Path, deadline: float) -> Iterator[Any]:
         """See `Processes.run`."""
         try:
-            self._connection.send((sys.path, work, context, log))
+            self._connection.send((work, context, log))
             while True:
                 # A compiler that it left running may hold the connection open after its own end.
                 while not self._connection.poll(min(max(deadline - time.monotonic(), 0.0), _LOOK_S)):
@@ -150,6 +153,7 @@ class _Process:
         try:
             self._process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
+            _LEFT.append(self._process)
             return f"; its process {self._process.pid} does not end and was left behind"
         return ""
 
@@ -164,8 +168,9 @@ def serve(descriptor: int) -> None:
     os.set_inheritable(descriptor, False)
     connection: Connection[Any, Any] = Connection(descriptor)
     with suppress(EOFError):
+        sys.path[:] = connection.recv()
         while True:
-            sys.path[:], work, context, log = connection.recv()
+            work, context, log = connection.recv()
             connection.send(("end", _do(connection, work, context, log)))
 
 

@@ -4,7 +4,7 @@ They are there before the first minute on a GPU, where compiling a model takes m
 computing a convolution that it deems best, or tries some out when it first meets one. What it chose stays in the
 process, so that each of the two has a process of its own.
 
-A dry run compiles a tiny step for the CPU.
+A dry run compiles one for the CPU, of what a tiny U-Net makes of a text: the smallest of its programs.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def step_of(context: Context, place: Place) -> tuple[Any, Any]:
     model = Model(setting=setting, place=place, seed=context.seed)
     with torch.inference_mode():
         unet = model.checkpoint.load(Component.UNET)
-        program = traced(Component.UNET, unet, model.checkpoint, model.profile, guided=True)
+        component = Component.UNET_CONTEXT if place.dry else Component.UNET
+        program = traced(component, unet, model.checkpoint, model.profile, guided=True)
         dtype, name = (DType.FP32, "inductor-cpu") if place.dry else (DType.FP16, "inductor")
         program, _, module = in_format(program, dtype, get(name))
     return program, module

@@ -189,9 +189,9 @@ PLANS = {
                 "packages-tried",
                 "selftest",
                 "demo-fp16",
+                "ratio",
                 "kernels",
                 "timings-chosen",
-                "ratio",
             ),
         ),
         # On a machine that is still warm, so that the compiler finds what `ratio` left in its cache.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,20 +19,23 @@ import pytest
 from click.testing import CliRunner
 
 from rt.bench.gpu import command
-from rt.bench.gpu_parts.apart import Ended, apart
+from rt.bench.gpu_parts import apart
+from rt.bench.gpu_parts import run as run_module
+from rt.bench.gpu_parts.apart import Ended, Processes
 from rt.bench.gpu_parts.bars import bars
-from rt.bench.gpu_parts.part import Context, Figures, choose
-from rt.bench.gpu_parts.parts import PARTS
+from rt.bench.gpu_parts.part import Context, Part, choose
+from rt.bench.gpu_parts.parts import PARTS, PLANS
 from rt.bench.gpu_parts.record import DRY, Gpu, Outcome, Run, Status, newest
 from rt.bench.gpu_parts.run import run_parts
+from rt.bench.gpu_parts.settings import PREPARED
 from rt.bench.gpu_parts.table import Section, render, sections, text
 from rt.bench.gpu_parts.trace import summary
-from rt.bench.record import Provenance
+from rt.bench.record import Provenance, commit
 from rt.errors import ConfigError
 
 # The process of a part imports what it runs by name, and is given this path.
 sys.path.append(str(Path(__file__).parent))
-from fake_part import Fake, Together
+from fake_part import Fake
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = Gpu(
@@ -56,15 +62,30 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gpu")
 
 
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    with Processes() as processes:
+        yield processes
+
+
+@pytest.fixture
+def go(processes: Processes, context: Context) -> Callable[..., Run]:
+    """`go(parts, run, minutes=5, keep=…, say=…)`: `run_parts`."""
+
+    def run_them(parts: list[Part], run: Run, **options: Any) -> Run:
+        log = context.scratch / "run.log"
+        quiet = {"keep": lambda run: None, "say": lambda line: None, "minutes": 5.0}
+        return run_parts(parts, context, run, processes=processes, log=log, **{**quiet, **options})
+
+    return run_them
+
+
 def a_run(**parts: Outcome) -> Run:
     return Run(provenance=Provenance.now(), gpu=DRY, seed=7, parts=parts)
 
 
 def outcome(status: Status = Status.DONE, **figures: Any) -> Outcome:
     return Outcome(status=status, date="2020-01-01", commit=None, figures=figures)
-
-
-# Parts that live here, so that a process of their own can import them.
 
 
 def test_both_ways_to_start_it_and_no_part_by_another_name(tmp_path: Path) -> None:
@@ -146,6 +167,7 @@ def check_figures(name: str, figures: Any) -> None:
         *figures.get("workloads", []),
         *figures.get("payloads", []),
         *figures.get("pictures", []),
+        *figures.get("outcomes", []),
     ]:
         assert row["passed"], row
 
@@ -158,51 +180,156 @@ def test_every_small_part_runs_dry(name: str, context: Context) -> None:
     check_figures(name, figures)
 
 
-AS_SD15 = ("build-sd21", "sd21")  # at the size of a dry run; only sides and widths tell them apart
-LARGE = [name for name in NAMES if name not in (*QUICK, "payloads", *AS_SD15)]
+def dry(plan: str, scratch: Path, *options: str) -> Run:
+    """The record of a dry run of a plan."""
+    out = scratch / plan
+    arguments = ["--dry", "--plan", plan, "--scratch", str(scratch), "--out", str(out), *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # where the demo model is
+        done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 0, done.output
+    [path] = out.glob("*.json")
+    assert path.with_suffix(".log").is_file() and len(list(out.iterdir())) == 2
+    return Run.from_json(json.loads(path.read_text()))
 
 
 @pytest.fixture(scope="module")
-def large(scratch: Path, speed: Any) -> dict[str, Figures | str]:
-    """What every large part gives dry, or what went wrong.
+def planned(scratch: Path) -> Run:
+    """Both plans of the first minutes; the second finds what the first has compiled."""
+    run = dry("first", scratch, "--minutes", "60")
+    return replace(run, parts={**run.parts, **dry("second", scratch, "--minutes", "60").parts})
 
-    As few processes as their environments allow, each of which imports torch once; the last part has its own, as all
-    have on a GPU.
-    """
-    context = Context(dry=True, scratch=scratch, seed=7)
-    *parts, last = choose(PARTS, LARGE)
-    plain = tuple(part for part in parts if not part.dry_environment)
-    interpreted = tuple(part for part in parts if part.dry_environment)
-    assert not last.dry_environment and not any(part.needs for part in interpreted)
-    found: dict[str, Figures | str] = {}
-    with pytest.MonkeyPatch.context() as patch:
+
+PLANNED = [name for plan in ("first", "second") for name in PLANS[plan].parts]
+AS_SD15 = ("build-sd21", "sd21")  # at the size of a dry run; only sides and widths tell them apart
+LARGE = [name for name in NAMES if name not in (*QUICK, *PLANNED, "payloads", *AS_SD15)]
+
+
+@pytest.fixture(scope="module")
+def large(scratch: Path, speed: Any) -> Run:
+    """All large parts that no plan above has, those of one environment after the other: each imports torch once."""
+    parts = sorted(choose(PARTS, LARGE), key=lambda part: [*part.dry_environment])
+    with pytest.MonkeyPatch.context() as patch, Processes() as processes:
         patch.chdir(ROOT)
-        for some in (plain, (last,), interpreted):
-            environment = some[0].dry_environment
-            log, seconds = scratch / f"{some[0].name}.log", 280 * speed.slowness()
-            *given, ended = apart(
-                Together(some).run, context, seconds=seconds, log=log, environment=environment
-            )
-            found |= {part.name: f"{ended}; see {log}" for part in some} | dict(given)
-    return found
+        return run_parts(
+            parts,
+            Context(dry=True, scratch=scratch, seed=7),
+            a_run(),
+            processes=processes,
+            minutes=14 * speed.slowness(),
+            log=scratch / "large.log",
+            keep=lambda run: None,
+            say=lambda line: None,
+        )
+
+
+def check_part(name: str, run: Run) -> None:
+    """It is done, and its figures are right."""
+    assert run.parts[name].status is Status.DONE, run.parts[name]
+    figures = run.parts[name].figures
+    check_figures(name, figures)
+    for row in figures.get("candidates", {}).values():
+        assert all(error < 1e-4 for error in row.get("errors", {}).values()), row
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the first waits for all
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plans_run_dry(name: str, planned: Run) -> None:
+    check_part(name, planned)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", LARGE)
-def test_every_large_part_runs_dry(name: str, large: dict[str, Figures | str]) -> None:
-    figures = large[name]
-    assert not isinstance(figures, str), figures
-    check_figures(name, figures)
-    for row in figures.get("candidates", {}).values():
-        assert all(error < 1e-4 for error in row["errors"].values()), row
+def test_every_large_part_runs_dry(name: str, large: Run) -> None:
+    check_part(name, large)
 
 
-def test_a_part_has_a_process_of_its_own_and_prints_to_its_log(context: Context, tmp_path: Path) -> None:
+def test_plans_fit_into_their_minutes_and_have_what_their_parts_need() -> None:
+    minutes = {part.name: part.minutes for part in PARTS}
+    for plan in PLANS.values():
+        if plan.name != "all":  # which has as much as fits
+            assert sum(minutes[name] for name in plan.parts) <= plan.minutes
+        for index, name in enumerate(plan.parts):
+            [part] = [part for part in PARTS if part.name == name]
+            assert set(part.needs) <= set(plan.parts[:index])
+    assert {name for plan in PLANS.values() for name in plan.parts} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--plan", "first", "--only", "fp8"], "--plan says which parts, and so does --only"),
+        (["--plan", "third"], "'third' is not one of 'first', 'second', 'all'"),
+        (["--packages", "nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_options_that_make_no_sense_end_it_at_once(options: list[str], said: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, ["--dry", "--out", str(tmp_path / "out"), *options])
+    assert done.exit_code != 0 and said in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_packages_are_prepared_by_the_stand_in_and_nothing_else_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(folder: Path, names: Sequence[str]) -> Iterator[str]:
+        yield from (f"{folder.name}/{name}: 611 launches" for name in names)
+
+    stand_in = ModuleType("stand_in_gpu.packages")
+    stand_in.prepare = prepare  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rt.bench.stand_in_gpu", ModuleType("stand_in_gpu"))
+    monkeypatch.setitem(sys.modules, "rt.bench.stand_in_gpu.packages", stand_in)
+    done = CliRunner().invoke(command, ["--prepare", str(tmp_path / "packages")])
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines() == [f"packages/{name}: 611 launches" for name in PREPARED]
+
+
+def test_a_part_is_run_apart_and_prints_to_the_log(
+    context: Context, processes: Processes, tmp_path: Path
+) -> None:
     log = tmp_path / "logs" / "fake.log"
-    values = list(apart(Fake(name="fake").run, context, seconds=100, log=log))
+    values = list(processes.run(Fake(name="fake").run, context, seconds=100, log=log))
     assert values == [{"figure": 7}, {"figure": 7, "more": 1}, Ended()]
     assert log.read_text() == "all is well\n"
+
+
+def test_a_process_is_kept_until_something_fails_or_wants_another(
+    context: Context, processes: Processes, tmp_path: Path
+) -> None:
+    def who(**options: Any) -> int:
+        part = Fake(name="who", arguments={"who": True, **options.pop("does", {})})
+        first, *_ = processes.run(part.run, context, seconds=100, log=tmp_path / "log", **options)
+        return int(first["figure"])
+
+    first = who()
+    assert who() == first
+    assert (second := who(environment={"A": "1"})) != first
+    assert who(environment={"A": "1"}, does={"fail": True}) == second
+    assert (third := who(environment={"A": "1"})) != second
+    assert who(environment={"A": "1"}, fresh=True) != third
+    assert not _runs(first) and not _runs(second)
+
+
+def test_what_the_driver_does_not_let_go_is_left_behind(
+    context: Context, processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process in an uninterruptible wait, SIGKILL does nothing to this one."""
+    killed: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(apart, "_PATIENCE_S", 0.2)
+        patch.setattr(apart.os, "killpg", lambda pid, signal: killed.append(pid))
+        patch.setattr(apart.subprocess.Popen, "kill", lambda self: None)
+        work = Fake(name="slow", arguments={"sleep": True}).run
+        *_, ended = processes.run(work, context, seconds=5, log=tmp_path / "slow.log")
+    assert not ended.in_time
+    assert ended.problem.endswith(f"; its process {killed[0]} does not end and was left behind")
+    os.killpg(killed[0], 9)
+    apart._LEFT.pop().wait()
+    assert (
+        list(processes.run(Fake(name="good").run, context, seconds=100, log=tmp_path / "log"))[-1] == Ended()
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,22 +340,26 @@ def test_a_part_has_a_process_of_its_own_and_prints_to_its_log(context: Context,
     ],
 )
 def test_what_ends_a_part_early_ends_no_other_and_leaves_its_figures(
-    does: str, status: Status, reason: str, context: Context
+    does: str, status: Status, reason: str, go: Callable[..., Run], context: Context
 ) -> None:
     parts = [Fake(name="bad", arguments={does: True}), Fake(name="good")]
     kept: list[Run] = []
-    run = run_parts(parts, context, a_run(), minutes=5, keep=kept.append, say=lambda line: None)
+    run = go(parts, a_run(), keep=kept.append)
     assert run.parts["bad"].status is status and run.parts["bad"].reason.startswith(reason)
     assert run.parts["bad"].figures == {"figure": 7}
     assert run.parts["good"].status is Status.DONE and run.parts["good"].figures == {"figure": 7, "more": 1}
     assert kept[0].parts["bad"].status is Status.STOPPED  # what a machine that is taken away has left
     assert kept[-1] == run
+    log = (context.scratch / "run.log").read_text()
+    assert log.startswith("== bad ==\n") and log.endswith("== good ==\nall is well\n")
 
 
 @pytest.mark.slow
-def test_a_part_is_stopped_at_its_limit_with_all_that_it_started(context: Context, tmp_path: Path) -> None:
+def test_a_part_is_stopped_at_its_limit_with_all_that_it_started(
+    context: Context, processes: Processes, tmp_path: Path
+) -> None:
     work = Fake(name="slow", arguments={"sleep": True}).run
-    *values, ended = apart(work, context, seconds=10, log=tmp_path / "slow.log")
+    *values, ended = processes.run(work, context, seconds=10, log=tmp_path / "slow.log")
     assert values[0] == {"figure": 7}
     assert not ended.in_time and ended.problem.startswith("stopped after 0.2 minutes")
     deadline = time.monotonic() + 10
@@ -245,24 +376,67 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_a_part_that_does_not_fit_any_more_is_skipped_and_keeps_what_was_measured(context: Context) -> None:
+def test_a_log_that_grows_long_keeps_its_end(
+    go: Callable[..., Run], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_LONGEST_LOG", 20)
+    monkeypatch.setattr(run_module, "_TAIL", 6)
+    go([Fake(name="one"), Fake(name="two")], a_run())
+    assert (context.scratch / "run.log").read_text() == " well\n== two ==\nall is well\n"
+
+
+def test_a_part_may_take_a_little_longer_than_estimated(
+    go: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def stopped(self: Processes, *rest: Any, seconds: float, **more: Any) -> Iterator[Ended]:
+        limits.append(seconds / 60)
+        yield Ended("stopped", in_time=False)
+
+    monkeypatch.setattr(Processes, "run", stopped)
+    parts = [Fake(name="short", minutes=0.1), Fake(name="long", minutes=4.0), Fake(name="last", minutes=9.0)]
+    context = Context(dry=False, scratch=Path(), seed=7)
+    go_on = {"processes": Processes(), "minutes": 10.0, "log": Path(os.devnull)}
+    run = run_parts(parts, context, a_run(), keep=lambda run: None, say=lambda line: None, **go_on)
+    assert limits == pytest.approx([1.0, 5.2, 10.0], rel=1e-3)
+    assert {outcome.status for outcome in run.parts.values()} == {Status.STOPPED}
+
+
+def test_packages_are_not_measured_where_there_are_none(tmp_path: Path) -> None:
+    parts = [Fake(name="packages", reads_packages=True)]
+    context = Context(dry=False, scratch=tmp_path, seed=7)
+    options = {"minutes": 5.0, "log": tmp_path / "log", "keep": lambda run: None, "say": lambda line: None}
+    with Processes() as processes:
+        run = run_parts(parts, context, a_run(), processes=processes, **options)
+        assert run.parts["packages"].status is Status.SKIPPED
+        assert run.parts["packages"].reason.startswith("needs --packages")
+        with_some = replace(context, packages=tmp_path)
+        run = run_parts(parts, with_some, a_run(), processes=processes, **options)
+        assert run.parts["packages"].status is Status.DONE
+
+
+def test_a_part_that_does_not_fit_any_more_is_skipped_and_keeps_what_was_measured(
+    go: Callable[..., Run],
+) -> None:
     parts = [Fake(name="long", minutes=9.0), Fake(name="short")]
     lines: list[str] = []
-    run = run_parts(parts, context, a_run(), minutes=1, keep=lambda run: None, say=lines.append)
+    run = go(parts, a_run(), minutes=1, say=lines.append)
     assert run.parts["long"].status is Status.SKIPPED and run.parts["short"].status is Status.DONE
     assert "needs about 9 minutes, 1.0 are left; run again with --resume" in lines[0]
     before = a_run(long=outcome(Status.STOPPED, figure=1))
-    run = run_parts(parts[:1], context, before, minutes=1, keep=lambda run: None, say=lines.append)
+    run = go(parts[:1], before, minutes=1, say=lines.append)
     assert run.parts == before.parts and lines[-1].startswith("long: skipped")
 
 
-def test_what_was_broken_off_again_keeps_the_older_figures_where_they_are_more(context: Context) -> None:
+def test_what_was_broken_off_again_keeps_the_older_figures_where_they_are_more(
+    go: Callable[..., Run],
+) -> None:
     parts = [Fake(name="bad", arguments={"die": True})]
     kept: list[Run] = []
 
     def rerun(older: Outcome) -> Outcome:
-        run = run_parts(parts, context, a_run(bad=older), minutes=5, keep=kept.append, say=lambda line: None)
-        return run.parts["bad"]
+        return go(parts, a_run(bad=older), keep=kept.append).parts["bad"]
 
     rich = outcome(Status.STOPPED, rows=[{"a": 1}, {"a": 2}])
     assert rerun(rich) == rich and all(run.parts["bad"] == rich for run in kept)
@@ -270,21 +444,20 @@ def test_what_was_broken_off_again_keeps_the_older_figures_where_they_are_more(c
     assert outcome().supersedes(rich) and not outcome(Status.FAILED).supersedes(rich)
 
 
-def test_a_part_goes_on_from_what_it_found_at_the_same_commit(context: Context) -> None:
+def test_a_part_goes_on_from_what_it_found_at_the_same_commit(go: Callable[..., Run]) -> None:
     parts = [Fake(name="long", arguments={"go on": True, "die": True})]
-    commit = Provenance.now().commit
-    for older, expected in ((commit, 5), ("another", 0)):
+    for older, expected in ((commit(), 5), ("another", 0)):
         run = a_run(long=replace(outcome(Status.STOPPED, more=5), commit=older))
-        run = run_parts(parts, context, run, minutes=5, keep=lambda run: None, say=lambda line: None)
+        run = go(parts, run)
         assert run.parts["long"].figures == {"figure": 7, "before": expected}
 
 
-def test_what_a_part_needs_runs_again_with_it_and_only_then(context: Context) -> None:
+def test_what_a_part_needs_runs_again_with_it_and_only_then(go: Callable[..., Run]) -> None:
     parts = [Fake(name="build"), Fake(name="model", needs=("build",))]
 
     def said(run: Run, minutes: float = 5) -> list[str]:
         lines: list[str] = []
-        run_parts(parts, context, run, minutes=minutes, keep=lambda run: None, say=lines.append)
+        go(parts, run, minutes=minutes, say=lines.append)
         return [re.sub(r", \d+ s\.", "", line) for line in lines]
 
     both = a_run(build=outcome(figure=1), model=outcome(figure=1))
@@ -294,10 +467,12 @@ def test_what_a_part_needs_runs_again_with_it_and_only_then(context: Context) ->
     assert said(a_run())[1] == "model: skipped needs build; run again with --resume"
 
 
-def test_a_part_for_newer_gpus_is_skipped_on_an_older_one(context: Context) -> None:
+def test_a_part_for_newer_gpus_is_skipped_on_an_older_one(processes: Processes) -> None:
     parts = [Fake(name="fp8", least_capability=89)]
-    run = replace(a_run(), gpu=replace(H100, capability=80))
-    run = run_parts(parts, context, run, minutes=5, keep=lambda run: None, say=lambda line: None)
+    options = {"minutes": 5.0, "log": Path(os.devnull), "keep": lambda run: None, "say": lambda line: None}
+    context = Context(dry=False, scratch=Path(), seed=7)
+    older = replace(a_run(), gpu=replace(H100, capability=80))
+    run = run_parts(parts, context, older, processes=processes, **options)
     assert run.parts["fp8"].status is Status.SKIPPED
     assert run.parts["fp8"].reason == "needs a GPU of compute capability 8.9, this one has 8.0"
 
@@ -307,13 +482,17 @@ def test_a_run_is_taken_up_again_on_the_same_gpu_only(tmp_path: Path) -> None:
     time = run.provenance.time.replace(":", "")
     assert run.save(tmp_path).name == f"{run.provenance.date}-gpu-h100-80gb-hbm3-{time}.json"
     assert not list(tmp_path.glob("*.part"))
-    assert newest(tmp_path, H100) == run
-    assert newest(tmp_path, replace(H100, name="NVIDIA H200")) is None
-    assert newest(tmp_path, replace(H100, versions={"torch": "2.14.0"})) is None
+    assert newest([tmp_path], H100) == run
+    assert newest([tmp_path], replace(H100, name="NVIDIA H200")) is None
+    assert newest([tmp_path], replace(H100, versions={"torch": "2.14.0"})) is None
     later = replace(run, provenance=replace(run.provenance, time="23:59:59"), seed=8)
     later.save(tmp_path)  # on the same day, and beside the first
-    assert len(list(tmp_path.iterdir())) == 2 and newest(tmp_path, H100) == later
-    assert newest(tmp_path / "nowhere", H100) is None
+    assert len(list(tmp_path.iterdir())) == 2 and newest([tmp_path], H100) == later
+    assert newest([tmp_path / "nowhere"], H100) is None
+    # What was brought back went on in the tree, or what lies in the tree goes on elsewhere.
+    elsewhere, more = tmp_path / "elsewhere", replace(later, parts={})
+    more.save(elsewhere)
+    assert newest([tmp_path, elsewhere], H100) == more and newest([elsewhere, tmp_path], H100) == later
     with pytest.raises(ConfigError, match="a GPU record of schema 99, not 1: measure again"):
         Run.from_json({**run.to_json(), "schema": 99})
 
