@@ -70,7 +70,7 @@ def in_format(
     further = writer(backend)
     if program.component in _PIXELS and dtype in HALF and further is not None and further.fuses:
         program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
-    module: nn.Module = program.module
+    module = program.module
     if calibration is not None:
         module = quantize(program.module, calibration.ranges, calibration.chosen, calibration.bits)
     return program, dtype, cast(module, dtype, UNSEEN)[0] if dtype in HALF else module
@@ -94,5 +94,5 @@ def convolutions_left_to_cudnn() -> Iterator[None]:
 
     On GPUs of today they are hardly ever the fastest, and timing them takes a third of the time.
     """
-    with inductor.patch(max_autotune_conv_backends="ATEN"):  # type: ignore[no-untyped-call]
+    with inductor.patch(max_autotune_conv_backends="ATEN"):
         yield

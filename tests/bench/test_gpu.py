@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from rt.bench.gpu_parts.record import DRY, Gpu, Outcome, Run, Status, newest
 from rt.bench.gpu_parts.run import run_parts
 from rt.bench.gpu_parts.settings import PREPARED
 from rt.bench.gpu_parts.table import Section, render, sections, text
-from rt.bench.gpu_parts.trace import summary
+from rt.bench.gpu_parts.trace import kinds, summary
 from rt.bench.record import Provenance, commit
 from rt.errors import ConfigError
 
@@ -699,6 +700,139 @@ def test_a_trace_says_how_long_the_gpu_waits_between_steps() -> None:
     single = summary([*graph(0, 1, 2), *graph(2, 2, 2)])
     assert "gap_us" not in single and single["idle_percent"] == 0
     assert summary([]) == {}
+
+
+def test_a_trace_says_which_kinds_of_kernels_take_the_time() -> None:
+    names = {
+        "attention_3": 5,
+        "triton_poi_fused_add_7": 2,
+        "triton_per_fused_native_layer_norm_1": 3,
+        "sm90_xmma_fprop_implicit_gemm_f16": 9,
+        "nvjet_hsh_128x256": 8,
+        "vectorized_elementwise_kernel": 1,
+    }
+    kernel = {"ph": "X", "cat": "kernel", "ts": 0}
+    events = [{**kernel, "name": name, "dur": duration} for name, duration in names.items()]
+    found = kinds(
+        [*events, events[1], {"ph": "X", "cat": "cuda_runtime", "name": "launch", "dur": 99}], longest=2
+    )
+    assert found["us"] == {
+        "convolution": 9,
+        "product": 8,
+        "attention": 5,
+        "Triton": 4,
+        "norm": 3,
+        "other": 1,
+    }
+    assert found["launches"]["Triton"] == 2
+    assert list(found["longest"]) == ["sm90_xmma_fprop_implicit_gemm_f16", "nvjet_hsh_128x256"]
+    assert kinds([], longest=2) == {}
+
+
+PACKAGE = {"ready_s": 3.0, "held_gib": 2.0, "finite": True, "time": {"median_s": 0.006}}
+
+
+def test_packages_have_their_kinds_of_kernels_and_what_went_wrong() -> None:
+    rows = [
+        {**PACKAGE, "package": "a", "us": {"convolution": 2000.0}, "launches": {"convolution": 52}},
+        {**PACKAGE, "package": "b", "finite": False},
+        {"package": "c", "problem": "RuntimeError: no"},
+    ]
+    [section] = sections({"packages-tried": outcome(tried=True, packages=rows)})
+    assert section.head == ("package", "time", "launches", "convolution", "ready")
+    assert section.rows[0] == ("a", "6 ms", "52", "2 ms in 52", "3.0 s")
+    assert section.rows[2] == ("c", "failed", "", "", "")
+    assert section.note.endswith("convolutions tried out. c: RuntimeError: no. b gives NaN or Inf.")
+
+
+def test_what_a_build_will_not_find_stands_below_the_table() -> None:
+    facts = {"torch": "2.11.0", "links with -lcuda": "no: cannot find -lcuda"}
+    [section] = sections({"environment": outcome(facts=facts)})
+    assert section.note == "links with -lcuda: no: cannot find -lcuda."
+
+
+def test_a_step_alone_has_its_ratio_to_the_compiler() -> None:
+    rows = {"rt": {"time": {"median_s": 0.004}, "ready_s": 3.0}}
+    [first] = sections({"ratio": outcome(dtype="float16", candidates=rows)})
+    assert first.rows == [("rt", "4 ms", "", "3 s")]
+    rows["torch.compile, reduce-overhead"] = {"time": {"median_s": 0.006}, "ready_s": 60.0}
+    [both] = sections({"ratio": outcome(dtype="float16", candidates=rows)})
+    assert [row[2] for row in both.rows] == ["1.50", "1.00"]
+
+
+def test_the_chosen_workloads_are_there() -> None:
+    pytest.importorskip("triton")
+    from rt.bench.gpu_parts.settings import CHOSEN
+    from rt.kernels import registry
+
+    assert len(CHOSEN) == 12
+    assert all(workload in registry.spec(kernel).workloads for kernel, workload in CHOSEN)
+
+
+def test_a_package_that_is_none_or_for_another_gpu_is_refused(tmp_path: Path) -> None:
+    import torch
+    from torch.export.pt2_archive._package import package_pt2
+
+    from rt.backends.inductor import ABOUT, About
+    from rt.bench.gpu_parts.package import INPUTS, Package
+    from rt.bench.gpu_parts.place import Place
+    from rt.errors import CheckpointError, IncompatibleBundleError
+
+    place = Place(torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"is no package: it needs one engines/\*.pt2 and inputs.json"):
+        Package(tmp_path, place, 7)
+    about = About(
+        torch=torch.__version__, machine="", instructions=(), capability=90, file="weights", weights={}
+    )
+    (tmp_path / "engines").mkdir()
+    package_pt2(str(tmp_path / "engines" / "unet.pt2"), extra_files={ABOUT: about.to_json()})
+    (tmp_path / INPUTS).write_text('{"inputs": []}')
+    with pytest.raises(IncompatibleBundleError, match="for compute capability 90, and this GPU has 0"):
+        Package(tmp_path, place, 7)
+
+
+def test_jobs_of_a_build_travel_to_other_processes_and_are_all_of_a_bundle(tmp_path: Path) -> None:
+    import torch
+
+    from rt.bench.gpu_parts import bare
+    from rt.bench.gpu_parts.model import Model
+    from rt.bench.gpu_parts.place import Place
+    from rt.bench.gpu_parts.settings import SETTINGS
+    from rt.config import BuildConfig
+
+    model = Model(setting=SETTINGS["sdxl"].tiny(), place=Place(torch.device("cpu")), seed=7)
+    for backend, loop in (("openvino", 0), ("inductor", 1)):
+        config = BuildConfig(profiles=(model.profile,), backend=backend)
+        found = bare.jobs(model.checkpoint, config, tmp_path, guided=True)
+        assert pickle.loads(pickle.dumps(found[0])).programs == found[0].programs
+        programs = [component.value for job in found for component in job.programs]
+        assert programs == [
+            "unet",
+            "vae_decoder",
+            "unet_time",
+            "unet_context",
+            "text_encoder",
+            "text_encoder_2",
+        ]
+        assert sum(not job.programs for job in found) == loop
+
+
+def test_diffusers_tries_convolutions_out_and_nobody_else_does() -> None:
+    import torch
+
+    from rt.bench.gpu_parts.eager import Eager
+    from rt.bench.gpu_parts.model import Model
+    from rt.bench.gpu_parts.place import Place
+    from rt.bench.gpu_parts.settings import SETTINGS
+
+    peer = Eager(Model(setting=SETTINGS["sd15"].tiny(), place=Place(torch.device("cpu")), seed=7))
+    seen: list[bool] = []
+    forward = peer.pipeline.unet.forward
+    peer.pipeline.unet.forward = lambda *rest, **more: (
+        seen.append(torch.backends.cudnn.benchmark) or forward(*rest, **more)
+    )
+    peer.unet()
+    assert seen == [True] and not torch.backends.cudnn.benchmark
 
 
 def test_the_plot_shows_models_and_kernels(tmp_path: Path) -> None:
