@@ -28,8 +28,9 @@ from rt.bench.gpu_parts.part import Context, Part, choose
 from rt.bench.gpu_parts.parts import PARTS, PLANS
 from rt.bench.gpu_parts.record import DRY, Gpu, Outcome, Run, Status, newest
 from rt.bench.gpu_parts.run import run_parts
+from rt.bench.gpu_parts.section import Section
 from rt.bench.gpu_parts.settings import PREPARED
-from rt.bench.gpu_parts.table import Section, render, sections, text
+from rt.bench.gpu_parts.table import render, sections, text
 from rt.bench.gpu_parts.trace import kinds, summary
 from rt.bench.record import Provenance, commit
 from rt.errors import ConfigError
