@@ -107,6 +107,19 @@ def test_a_dry_run_prints_tables_of_80_columns_and_writes_where_it_is_told(tmp_p
     assert json.loads(Path(path).read_text()) == record
 
 
+def test_a_record_that_lies_in_the_tree_goes_on_where_it_is_told_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(ceilings=outcome(copy_tb_s=1.0))
+    run.save(tmp_path / "tree")
+    monkeypatch.setattr("rt.bench.gpu.RESULTS", tmp_path / "tree")
+    arguments = ["--dry", "--only", "ceilings", "--resume", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(command, [*arguments, "--scratch", str(tmp_path / "scratch")])
+    assert done.exit_code == 0, done.output
+    assert "ceilings: kept, measured 2020-01-01" in done.output
+    assert Run.from_json(json.loads((tmp_path / "out" / f"{run.stem}.json").read_text())) == run
+
+
 @pytest.mark.slow
 def test_a_dry_run_leaves_no_record_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
