@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,10 +96,9 @@ class Probe(nn.Module):
         return (self.leave(tokens.reshape(batch, height, width, channels).permute(0, 3, 1, 2)),)
 
 
-def selftest(
-    backends: Collection[Backend] = tuple(BACKENDS.values()), formats: Sequence[DType] = FORMATS
-) -> Iterator[Outcome]:
-    """One outcome for each of the backends, formats and forms, as they come."""
+def selftest(backends: Sequence[Backend] = (), formats: Sequence[DType] = ()) -> Iterator[Outcome]:
+    """One outcome for each of the backends, formats and forms, as they come; of all where some are left out."""
+    backends, formats = backends or [*BACKENDS.values()], formats or FORMATS
     for backend in backends:
         if backend.available().version is None:
             yield _outcome(backend, "no", backend.available().problem)

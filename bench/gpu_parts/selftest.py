@@ -13,7 +13,7 @@ from rt.backends import AUTO, BACKENDS, DeviceBackend, choose
 from rt.bench.gpu_parts.part import Context, Figures
 from rt.bench.gpu_parts.place import find
 from rt.config import DType
-from rt.export.selftest import FORMATS, selftest
+from rt.export.selftest import selftest
 
 
 def run(context: Context) -> Iterator[Figures]:
@@ -22,7 +22,7 @@ def run(context: Context) -> Iterator[Figures]:
     if context.dry:
         outcomes = selftest([choose(AUTO, DType.FP32)[0]], (DType.FP32,))
     else:
-        outcomes = selftest([each for each in BACKENDS.values() if isinstance(each, DeviceBackend)], FORMATS)
+        outcomes = selftest([each for each in BACKENDS.values() if isinstance(each, DeviceBackend)])
     rows: list[dict[str, Any]] = []
     for outcome in outcomes:
         rows.append({**asdict(outcome), "passed": not outcome.failed})
