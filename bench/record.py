@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -28,7 +29,7 @@ class Provenance:
     Attributes:
         date: Such as 2026-11-22.
         time: Such as 17:04:59, or "" in records that did not keep it.
-        commit: Of rt, with "-dirty" when files differ from it; None outside a checkout.
+        commit: Of rt, with "-dirty" when files differ from it; without a repository what RT_COMMIT says, or None.
         machine: Without its name.
         versions: Of rt, Python, numpy and each engine that is installed.
     """
@@ -47,7 +48,7 @@ class Provenance:
         return cls(
             date=now.date().isoformat(),
             time=now.strftime("%H:%M:%S"),
-            commit=_commit(),
+            commit=commit(),
             machine=Machine.here(),
             versions={
                 "rt": rt.__version__,
@@ -71,6 +72,18 @@ def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
     )
 
 
+def commit() -> str | None:
+    """Of the checkout; where the files came without their history, what the environment variable RT_COMMIT says."""
+    root = Path(rt.__file__).parents[1]
+    if not (root / ".git").exists():
+        return os.environ.get("RT_COMMIT") or None
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def publish(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write figures with their provenance to `folder`/DATE-NAME-PROCESSOR.json, the name fit for a file."""
     provenance = Provenance.now()
@@ -79,14 +92,3 @@ def publish(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": asdict(provenance), **figures}, indent=1) + "\n")
     return path
-
-
-def _commit() -> str | None:
-    root = Path(rt.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,18 +96,19 @@ class Probe(nn.Module):
         return (self.leave(tokens.reshape(batch, height, width, channels).permute(0, 3, 1, 2)),)
 
 
-def selftest() -> Iterator[Outcome]:
-    """One outcome for each backend, format and form, as they come."""
-    for backend in BACKENDS.values():
+def selftest(backends: Sequence[Backend] = (), formats: Sequence[DType] = ()) -> Iterator[Outcome]:
+    """One outcome for each of the backends, formats and forms, as they come; of all where some are left out."""
+    backends, formats = backends or [*BACKENDS.values()], formats or FORMATS
+    for backend in backends:
         if backend.available().version is None:
             yield _outcome(backend, "no", backend.available().problem)
     torch.manual_seed(0)
     probe = Probe().eval()
-    for dtype in FORMATS:
+    for dtype in formats:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             stage = Path(folder)
             with lowered(probe, dtype, stage) as sample:
-                for backend in BACKENDS.values():
+                for backend in backends:
                     if backend.available().version is not None:
                         yield from _try(backend, sample, stage)
 

@@ -77,12 +77,24 @@ def trace_unet(
     yield context
     for profile, guided in itertools.product(profiles, (True, False)):
         if (profile, guided) == (alone.profile, alone.guided):  # traced already
-            step = alone
+            step = split_time(alone)[1]
         else:
-            step = trace_step(module, spec, profile, text, guided=guided)
-            step = split_context(step.rewritten("sink", sink) if guided else step)[1]
-        step = split_time(step)[1]
+            step = trace_loop_step(module, spec, profile, text, guided=guided)
         yield from split_step(step) if step_cache else (step,)
+
+
+def trace_loop_step(
+    module: nn.Module,
+    spec: ModelSpec,
+    profile: ShapeProfile,
+    text: Mapping[str, Tensor],
+    *,
+    guided: bool,
+) -> Program:
+    """What the loop runs at each step: the U-Net but for what depends on the text or on the timestep alone."""
+    step = trace_step(module, spec, profile, text, guided=guided)
+    step = split_context(step.rewritten("sink", sink) if guided else step)[1]
+    return split_time(step)[1]
 
 
 def trace_step(

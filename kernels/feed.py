@@ -28,7 +28,7 @@ def reference(
     state: Tensor, position: Tensor, scale: Tensor, out: Tensor, broken: Tensor
 ) -> tuple[Tensor, Tensor]:
     """In torch; nothing here is Inf in T alone."""
-    x = state[torch.arange(len(state)), (position % RING_X.value).long()]
+    x = state[torch.arange(len(state), device=state.device), (position % RING_X.value).long()]
     y = torch.where(scale[:, None] == 0, out, scale[:, None] * x)
     wrong = ~y.isfinite().all(1) & (broken == 0)
     return y, torch.where(wrong, position + 1, broken)

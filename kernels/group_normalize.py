@@ -37,7 +37,8 @@ def reference(
 ) -> tuple[Tensor]:
     """In torch, for any statistics, also such as x does not have."""
     pixels, width = x.shape[1], x.shape[2] // groups
-    count = width * torch.tensor([min(chunk, pixels - start) for start in range(0, pixels, chunk)])[:, None]
+    counts = [width * min(chunk, pixels - start) for start in range(0, pixels, chunk)]
+    count = torch.tensor(counts, device=mean.device)[:, None]
     whole = (mean * count).sum(1, keepdim=True) / (pixels * width)
     variance = (m2 + count * (mean - whole) ** 2).sum(1, keepdim=True) / (pixels * width)
     h = (x + bias[:, None]).view(*x.shape[:2], groups, -1)

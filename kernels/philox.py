@@ -54,7 +54,8 @@ def reference(key: Tensor, draw: Tensor, resident: Tensor, noise: Tensor) -> tup
     calls = triton.cdiv(elements, 4 * threads)
     noise = noise.clone()
     for row, slot in (draw >= 0).nonzero().tolist():
-        call, thread = torch.meshgrid(torch.arange(calls), torch.arange(threads), indexing="ij")
+        counters = (torch.arange(count, device=key.device) for count in (calls, threads))
+        call, thread = torch.meshgrid(*counters, indexing="ij")
         zero = torch.zeros_like(call)
         words = _words([int(draw[row, slot]) * calls + call, zero, thread, zero], key[row].long())
         normals = []

@@ -22,13 +22,13 @@ from rt.bench.gpu_parts.model import Model
 from rt.bench.gpu_parts.ours import Ours
 from rt.bench.gpu_parts.part import Context, Figures
 from rt.bench.gpu_parts.place import Place, find, relative_error
+from rt.bench.gpu_parts.programs import UNSEEN
 from rt.bench.gpu_parts.settings import SETTINGS
 from rt.bench.timing import elapsed, interleave
 from rt.config import DType
 from rt.cuda import Device, Graph, Stream, capture
 from rt.cuda.host import HostDevice
 from rt.export import gpu_operators
-from rt.export.observe import Observation
 from rt.export.operators import ops
 from rt.export.passes.cast import cast
 from rt.export.passes.cost import cost
@@ -44,8 +44,6 @@ from rt.model import Component
 
 SETTING = "sd15"
 _ROUNDS, _STEPS = 7, 20
-_UNSEEN = Observation(outputs={}, magnitudes={}, logits={}, losses={})
-"""Random weights keep everything in range, so nothing stays in fp32."""
 
 
 def _group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, epsilon: float, silu: bool) -> Tensor:
@@ -136,7 +134,7 @@ def _on(place: Place, program: Program) -> Any:
     """The program in fp16 on the GPU, or as it is on the CPU."""
     if place.dry:
         return program.module
-    module: Any = cast(program.module, DType.FP16, _UNSEEN)[0].to(place.device)
+    module: Any = cast(program.module, DType.FP16, UNSEEN)[0].to(place.device)
     for (
         node
     ) in module.graph_module.graph.nodes:  # a constant is made where it was traced, unless a pass freed it

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rt.backends import AUTO, choose
-from rt.bench.record import Provenance
+from rt.bench.record import commit
 from rt.config import BuildConfig, DType
 from rt.errors import ConfigError
-from rt.export.build import build
-from rt.export.checkpoint import Checkpoint
 from rt.pipeline import Pipeline
 from rt.shapes import ShapeProfile
 
 _BACKEND = "inductor"
+Make = Callable[[Path, BuildConfig], object]
+"""Writes a bundle, over one that is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,9 @@ class Built:
     def at(cls, scratch: Path, name: str, dtype: DType, *, dry: bool) -> Built:
         """That of `name` at this commit."""
         dtype = DType.FP32 if dry else dtype
-        commit = Provenance.now().commit or "no-commit"
+        name = f"{'dry-' * dry}{name}-{dtype.value}-{commit() or 'no-commit'}"
         return cls(
-            path=scratch / "bundles" / f"{'dry-' * dry}{name}-{dtype.value}-{commit}",
+            path=scratch / "bundles" / name,
             dtype=dtype,
             backend=choose(AUTO, dtype)[0].name if dry else _BACKEND,
         )
@@ -63,8 +64,8 @@ class Built:
             ) from None
         return seconds
 
-    def build(self, checkpoint: Checkpoint, profile: ShapeProfile, *, max_autotune: bool) -> None:
-        """Write it, unless it is there."""
+    def build(self, profile: ShapeProfile, make: Make, *, max_autotune: bool) -> None:
+        """Let `make` write it, unless it is there."""
         if self._note.is_file():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ class Built:
             profiles=(profile,), dtype=self.dtype, backend=self.backend, max_autotune=max_autotune
         )
         started = time.perf_counter()
-        build(checkpoint, self.path, config, force=True, quiet=True)
+        make(self.path, config)
         self._note.write_text(json.dumps({"seconds": time.perf_counter() - started}) + "\n")
 
     def open(self) -> Pipeline:

@@ -1,14 +1,15 @@
 """The build of our bundle of a model, apart from its timing: a process that has compiled leaves memory taken.
 
-A build writes every program of a bundle: the step with and without guidance, for one size. Products are timed in every
-way that inductor knows. Where a command has too little time for it, the compilers' caches in the scratch folder let the
-next one begin where it ended.
+It is a bundle for a benchmark, see `rt.bench.gpu_parts.bare`, max-autotune. Where a command has too little time for it,
+the compilers' caches in the scratch folder let the next one begin where it ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
+from rt.bench.gpu_parts import bare
 from rt.bench.gpu_parts.model import Model
 from rt.bench.gpu_parts.ours import model_bundle
 from rt.bench.gpu_parts.part import Context, Figures
@@ -30,7 +31,8 @@ def run(context: Context, setting: str, dtype: str = DType.FP16.value) -> Iterat
     wanted = SETTINGS[setting]
     model = Model(setting=wanted.tiny() if context.dry else wanted, place=place, seed=context.seed)
     built = model_bundle(model, context.scratch, DType(dtype))
-    built.build(model.checkpoint, model.profile, max_autotune=not context.dry)
+    make = partial(bare.build, model.checkpoint, guided=wanted.guided, beside=not context.dry)
+    built.build(model.profile, make, max_autotune=not context.dry)
     size = sum(file.stat().st_size for file in built.path.rglob("*") if file.is_file())
     yield {
         "bundle": built.path.name,

@@ -20,11 +20,15 @@ class Compiled(Eager):
     """U-Net and decoder by max-autotune; text encoders by reduce-overhead, which compiles in a tenth of the time.
 
     A dry run traces the U-Net and generates no code.
+
+    Args:
+        model: What to load.
+        mode: Of U-Net and decoder.
     """
 
     name = COMPILED
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, mode: str = "max-autotune") -> None:
         super().__init__(model)
         inductor.compile_threads = os.cpu_count() or 1
         # 1 x 1 convolutions are then products, which have more kernels to choose from.
@@ -33,11 +37,10 @@ class Compiled(Eager):
         if model.place.dry:
             unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False, backend="eager")
             return
-        most, least = "max-autotune", "reduce-overhead"
-        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False, mode=most)
-        decoder.forward = torch.compile(decoder.forward, fullgraph=True, dynamic=False, mode=most)
+        unet.forward = torch.compile(unet.forward, fullgraph=True, dynamic=False, mode=mode)
+        decoder.forward = torch.compile(decoder.forward, fullgraph=True, dynamic=False, mode=mode)
         for encoder in self._text:
-            encoder.forward = torch.compile(encoder.forward, dynamic=False, mode=least)
+            encoder.forward = torch.compile(encoder.forward, dynamic=False, mode="reduce-overhead")
 
     def _before(self) -> None:
         """What a graph gave the last time may be overwritten now."""

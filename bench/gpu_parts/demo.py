@@ -5,7 +5,8 @@ Run in a checkout. fp32 has to be the same picture, fp16 very nearly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rt.bench.gpu_parts.part import Context, Figures
 from rt.bench.gpu_parts.place import find
 from rt.config import DType
 from rt.errors import CheckpointError
-from rt.export.build import default_profiles
+from rt.export.build import build, default_profiles
 from rt.export.checkpoint import open_checkpoint
 
 FOLDER = Path("examples/emoji-ldm")
@@ -30,8 +31,12 @@ FP32_LEVELS, FP16_DB = 2.0, 35.0
 Picture = NDArray[np.float32]
 
 
-def run(context: Context) -> Iterator[Figures]:
+def run(context: Context, formats: Sequence[str]) -> Iterator[Figures]:
     """See the module. `pictures`, a row a format.
+
+    Args:
+        context: Of the run.
+        formats: Of the builds; a dry run has fp32.
 
     Raises:
         CheckpointError: The demo model is not here.
@@ -46,9 +51,10 @@ def run(context: Context) -> Iterator[Figures]:
     noise = np.random.default_rng(context.seed).standard_normal((len(prompts), *shape), np.float32)
     expected = _on_cpu(prompts, noise, steps)
     rows: list[dict[str, Any]] = []
-    for dtype in (DType.FP32,) if context.dry else (DType.FP32, DType.FP16):
+    for dtype in (DType.FP32,) if context.dry else map(DType, formats):
         built = Built.at(context.scratch, "emoji-ldm", dtype, dry=context.dry)
-        built.build(checkpoint, profile, max_autotune=False)  # its pictures are what counts
+        # As a user builds it, and without tuning: its pictures are what counts.
+        built.build(profile, partial(build, checkpoint, force=True, quiet=True), max_autotune=False)
         pipe = built.open()
         drawn = [
             pipe(

@@ -1,4 +1,4 @@
-"""diffusers as its documentation shows it for a GPU: fp16, channels last, PyTorch's attention.
+"""diffusers as its documentation shows it for a GPU: fp16, channels last, PyTorch's attention, convolutions tried out.
 
 https://huggingface.co/docs/diffusers/optimization/fp16, https://huggingface.co/docs/diffusers/optimization/memory
 """
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rt.bench.gpu_parts.model import Model
+from rt.bench.gpu_parts.place import trying_convolutions
 from rt.bench.gpu_parts.settings import DIFFUSERS
 from rt.export.trace import TextEncoder
 from rt.model import Component, Family
@@ -30,7 +31,6 @@ class Eager:
     name = DIFFUSERS
 
     def __init__(self, model: Model, dtype: torch.dtype | None = None) -> None:
-        torch.backends.cudnn.benchmark = True  # convolutions are tried out in the first call
         self.model = model
         self._dtype = dtype or model.dtype
         self._xl = model.checkpoint.spec.family is Family.SDXL
@@ -56,6 +56,7 @@ class Eager:
             }
 
     @torch.no_grad()
+    @trying_convolutions()
     def unet(self) -> Tensor:
         """See `Peer`."""
         self._before()
@@ -69,6 +70,7 @@ class Eager:
         return output
 
     @torch.no_grad()
+    @trying_convolutions()
     def vae(self) -> Tensor:
         """See `Peer`."""
         self._before()
@@ -77,6 +79,7 @@ class Eager:
         return output
 
     @torch.no_grad()
+    @trying_convolutions()
     def picture(self, steps: int) -> NDArray[np.uint8]:
         """See `Peer`."""
         tokens = self.model.inputs.tokens.values()

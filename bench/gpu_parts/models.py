@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from rt.backends.inductor import exact_convolutions
 from rt.bench.gpu_parts.compiled import Compiled
 from rt.bench.gpu_parts.eager import Eager
 from rt.bench.gpu_parts.model import Model, Peer
@@ -79,12 +80,11 @@ def run(context: Context, setting: str, candidates: Sequence[str]) -> Iterator[F
 
 def _reference(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Outputs in fp32 without tf32, and the FLOPs of products in each."""
-    torch.backends.cudnn.allow_tf32 = False
     peer = Eager(model, torch.float32)
     outputs: dict[str, Tensor] = {}
     flops: dict[str, int] = {}
     for measure, call in ((UNET, peer.unet), (VAE, peer.vae)):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, exact_convolutions():
             outputs[measure] = call().cpu()
         flops[measure] = counter.get_total_flops()
     return outputs, flops

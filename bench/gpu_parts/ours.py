@@ -152,5 +152,5 @@ def model_bundle(model: Model, scratch: Path, dtype: DType) -> Built:
     """Ours of a model, whether it is there or not."""
     setting, dry = model.setting, model.place.dry
     family = model.checkpoint.spec.family.value
-    name = family if dry else f"{setting.architecture}-{setting.side}{'-guided' * setting.guided}"
+    name = (family if dry else f"{setting.architecture}-{setting.side}") + "-guided" * setting.guided
     return Built.at(scratch, name, dtype, dry=dry)

@@ -23,27 +23,31 @@ class Context:
         scratch: A folder for bundles, compiled kernels and compilers' caches, kept between runs.
         seed: Of all inputs.
         before: What the part found out at this commit before it was broken off; it may go on from there.
+        packages: A folder of packages that were compiled elsewhere, see `rt.bench.gpu_parts.packages`.
     """
 
     dry: bool
     scratch: Path
     seed: int
     before: Figures = field(default_factory=dict)
+    packages: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part; it runs in a process of its own.
+    """One part; it runs in another process than the one that waits for it.
 
     Attributes:
         name: For `--only` and the record.
         title: For people.
-        minutes: What it takes on an H100, estimated: what does not fit into the time that is left is not begun.
+        minutes: What it takes on an H200, estimated: what does not fit into the time that is left is not begun.
         module: Its file in this package, which has `run(context, **arguments)`.
         arguments: See there.
         dry_environment: What a dry run sets before that file and what it needs are imported.
         needs: The parts that make what this one reads from the scratch folder.
         least_capability: Of the GPU, such as 89; elsewhere it is skipped.
+        reads_packages: Whether it is about packages that were compiled elsewhere; without any it is skipped.
+        fresh: Whether its process may have done nothing before: memory and what libraries have found out by then count.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Part:
     dry_environment: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     least_capability: int = 0
+    reads_packages: bool = False
+    fresh: bool = False
 
     def run(self, context: Context) -> Iterator[Figures]:
         """All figures so far, each time that there are more: what ends a run early does not take them along."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -130,11 +131,28 @@ def find(context: Context) -> Place:
     if context.dry:
         torch.set_num_threads(1)  # what there is to do is too little to share
         return Place(torch.device("cpu"))
+    gc.collect()  # of what ran in this process before
     if not torch.cuda.is_available():
         raise BackendUnavailableError(
             "torch sees no GPU; go to a machine with one, or see that all runs with --dry"
         )
+    torch.cuda.empty_cache()
     return Place(torch.device("cuda"))
+
+
+@contextmanager
+def trying_convolutions(wanted: bool = True) -> Iterator[None]:
+    """Whether cuDNN tries out its ways of computing a convolution when it first meets it, or takes what it deems best.
+
+    The setting is the process's, so it is made around what it is meant for and taken back.
+    https://docs.pytorch.org/docs/stable/backends.html#torch.backends.cudnn.torch.backends.cudnn.benchmark
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def facts(context: Context) -> Gpu:

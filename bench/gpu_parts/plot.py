@@ -12,11 +12,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rt.bench.gpu_parts.figures import best_alternative
 from rt.bench.gpu_parts.part import Figures
 from rt.bench.gpu_parts.parts import PARTS
 from rt.bench.gpu_parts.record import Gpu, Outcome
 from rt.bench.gpu_parts.settings import OURS, measure_name
-from rt.bench.gpu_parts.table import best_alternative, newest_parts
+from rt.bench.gpu_parts.table import newest_parts
 from rt.bench.record import RESULTS, read
 
 DOCS = RESULTS.parents[1] / "docs"

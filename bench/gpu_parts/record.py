@@ -121,10 +121,15 @@ class Run:
         """Whether that part need not be run again."""
         return name in self.parts and self.parts[name].status is Status.DONE
 
-    def save(self, folder: Path) -> Path:
-        """Write it to `folder`/DATE-gpu-GPU-HHMMSS.json, over what was there of the same run."""
+    @property
+    def stem(self) -> str:
+        """Of the names of its files: DATE-gpu-GPU-HHMMSS."""
         begun = self.provenance.time.replace(":", "")
-        path = folder / f"{self.provenance.date}-{KIND}-{self.gpu.kind}-{begun}.json"
+        return f"{self.provenance.date}-{KIND}-{self.gpu.kind}-{begun}"
+
+    def save(self, folder: Path) -> Path:
+        """Write it to a file in `folder`, over what was there of the same run."""
+        path = folder / f"{self.stem}.json"
         folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".part")
         beside.write_text(json.dumps(self.to_json(), indent=1) + "\n")
@@ -157,10 +162,10 @@ def runs(records: Iterable[Mapping[str, Any]]) -> list[Run]:
     return [Run.from_json(record) for record in records if KIND in record]
 
 
-def newest(folder: Path, gpu: Gpu) -> Run | None:
-    """The last run in `folder` on such a GPU with the same versions of everything."""
-    found = [run for run in runs(read(folder)) if run.gpu == gpu] if folder.is_dir() else []
-    return found[-1] if found else None
+def newest(folders: Iterable[Path], gpu: Gpu) -> Run | None:
+    """The last run on such a GPU with the same versions of everything; of one that several have, the last one's."""
+    found = [run for folder in folders if folder.is_dir() for run in runs(read(folder)) if run.gpu == gpu]
+    return max(reversed(found), key=lambda run: (run.provenance.date, run.provenance.time), default=None)
 
 
 def _count(value: Any) -> int:

@@ -9,6 +9,27 @@ from typing import Any
 UNET, VAE, PICTURE = "unet", "vae", "picture"
 OURS, OURS_FP8, DIFFUSERS, COMPILED = "rt", "rt fp8", "diffusers", "torch.compile"
 """Candidates; a kernel of ours is called as the first, too."""
+OURS_TUNED, REDUCED = "rt, max-autotune", "torch.compile, reduce-overhead"
+"""Candidates where the step is measured alone; ours is then one that was compiled elsewhere, without tuning."""
+CHOSEN = (
+    ("attention", "sd15 4096x40"),
+    ("attention", "sd15 1024x80"),
+    ("attention", "sdxl 4096x64"),
+    ("attention", "sdxl 1024x64"),
+    ("attention", "vae 1024"),
+    ("group_norm", "sd15 64x64x320"),
+    ("group_statistics", "sdxl 128x128x320"),
+    ("group_normalize", "sdxl 128x128x320"),
+    ("geglu_linear", "sd15 4096x320"),
+    ("geglu_linear", "sdxl 1024x1280"),
+    ("geglu", "sd15 4096x1280"),
+    ("geglu", "sdxl 1024x5120"),
+)
+"""Kernels and workloads of theirs in which most of the time goes, or which a decision hangs on."""
+STEP = "sd15-512-1-unet"
+"""The guided step of SD 1.5 as a package by itself."""
+PREPARED = (STEP, "sd15-512-1-vae", "sdxl-1024-1-unet", "sdxl-1024-1-vae", "sdxl-512-0-unet")
+"""What `--prepare` makes: architecture, side, whether with guidance, U-Net step or decoder."""
 GUIDANCE_SCALE = 7.5
 
 _DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}

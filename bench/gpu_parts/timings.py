@@ -8,7 +8,7 @@ smallest test case of each kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,17 +28,24 @@ _MOST_SETS = 1024
 """A graph has a node a set."""
 
 
-def run(context: Context) -> Iterator[Figures]:
-    """See the module. `workloads`, those in `context.before` kept, and `left_out`."""
+def run(context: Context, chosen: Sequence[tuple[str, str]] = ()) -> Iterator[Figures]:
+    """See the module. `workloads`, those in `context.before` kept, and `left_out`.
+
+    Args:
+        context: Of the run.
+        chosen: Kernels and workloads, in their order and without the compiler; all when left out.
+    """
     place = find(context)
-    specs = registry.specs()
     workloads: list[dict[str, Any]] = [*context.before.get("workloads", [])]
     known = {(row["kernel"], row["workload"]) for row in workloads}
-    chosen = [(spec, _smallest(spec)) for spec in specs.values()] if context.dry else _ordered(specs.values())
-    wanted = [(spec, name) for spec, name in chosen if (spec.name, _label(spec, name)) not in known]
+    listed = [(registry.spec(kernel), name) for kernel, name in chosen] or _ordered(registry.specs().values())
+    if context.dry:
+        kernels = dict.fromkeys(spec.name for spec, _ in listed)
+        listed = [(spec, _smallest(spec)) for spec in map(registry.spec, kernels)]
+    wanted = [(spec, name) for spec, name in listed if (spec.name, _label(spec, name)) not in known]
     while wanted:
         spec, name = wanted.pop(0)
-        first = spec.name not in [row["kernel"] for row in workloads]
+        first = not chosen and spec.name not in [row["kernel"] for row in workloads]
         try:
             workloads.append(_workload(place, spec, name, context.seed, compiled=first))
         except Exception as error:  # of a compiler or a driver; the other kernels still count
@@ -47,7 +54,7 @@ def run(context: Context) -> Iterator[Figures]:
     yield {"workloads": workloads, "left_out": []}  # also where none was left
 
 
-def _ordered(specs: Sequence[KernelSpec] | Any) -> list[tuple[KernelSpec, str]]:
+def _ordered(specs: Iterable[KernelSpec]) -> list[tuple[KernelSpec, str]]:
     """The largest workload of each kernel, then the others, the largest first."""
     named = [(spec, name) for spec in specs for name in spec.workloads]
     named.sort(key=lambda pair: -pair[0].bytes(pair[0].workloads[pair[1]]))
@@ -134,7 +141,6 @@ def _failed(spec: KernelSpec, name: str, error: Exception) -> dict[str, Any]:
 
 def _error(place: Place, spec: KernelSpec, case: Case, drawn: Mapping[str, Tensor]) -> float:
     """Largest difference from the reference, which runs in fp32, relative to the largest value expected."""
-    torch.backends.cudnn.allow_tf32 = False
     tensors = _tensors(place, spec, case, drawn)
     launch.run(spec, case, tensors)
     exact = [value.float() if value.is_floating_point() else value for value in drawn.values()]

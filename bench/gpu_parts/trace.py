@@ -18,16 +18,62 @@ from torch.profiler import ProfilerActivity, profile
 Event = Mapping[str, Any]
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _HOST = ("cuda_runtime", "cuda_driver")
+_KINDS = {
+    "attention": ("attention", "flash", "fmha", "sdpa"),
+    "norm": ("norm",),
+    "GEGLU": ("gelu",),
+    "Triton": ("triton_",),
+    "convolution": ("conv", "fprop", "implicit"),
+    "product": ("gemm", "cutlass", "nvjet", "xmma", "matmul", "_mm"),
+}
+"""Of kernels, by what is in their names, the first that fits."""
+_NAME = 90
 
 
 def observe(call: Callable[[], object], file: Path) -> dict[str, float]:
-    """Run `call` under the profiler and say what `summary` says; the trace is left in `file`."""
+    """What `summary` says of a run of `call`; the trace is left in `file`."""
+    return summary(record(call, file))
+
+
+def record(call: Callable[[], object], file: Path) -> list[Event]:
+    """The events of a run of `call`; the trace is left in `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
         call()
     profiler.export_chrome_trace(str(file))
-    return summary(json.loads(file.read_text())["traceEvents"])
+    events: list[Event] = json.loads(file.read_text())["traceEvents"]
+    return events
+
+
+def kinds(events: Iterable[Event], *, longest: int) -> dict[str, dict[str, float]]:
+    """What the kernels of a trace took; empty where it has no work of a GPU.
+
+    Returns:
+        us: Microseconds by kind of kernel, the most first.
+        launches: How many there were of each kind.
+        longest: Microseconds of the names that took the most, so many of them.
+    """
+    device = [event for event in events if event.get("ph") == "X" and event.get("cat") in _DEVICE]
+    us, launches, names = Counter[str](), Counter[str](), Counter[str]()
+    for event in device:
+        kind = _kind(event["name"])
+        us[kind] += event["dur"]
+        launches[kind] += 1
+        names[event["name"][:_NAME]] += event["dur"]
+    if not device:
+        return {}
+    return {
+        "us": dict(us.most_common()),
+        "launches": dict(launches),
+        "longest": dict(names.most_common(longest)),
+    }
+
+
+def _kind(name: str) -> str:
+    """From the names that inductor, our kernels, cuDNN and cuBLAS give."""
+    name = name.lower()
+    return next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), "other")
 
 
 def summary(events: Iterable[Event]) -> dict[str, float]:

@@ -46,17 +46,20 @@ def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.Monk
         return done.stdout.decode().strip()
 
     monkeypatch.setattr(rt, "__file__", str(tmp_path / "rt" / "__init__.py"))
-    assert record._commit() is None
+    monkeypatch.delenv("RT_COMMIT", raising=False)
+    assert record.commit() is None
+    monkeypatch.setenv("RT_COMMIT", "0123456789ab")
+    assert record.commit() == "0123456789ab"  # where the files came without their history
     git("init")
-    assert record._commit() is None
+    assert record.commit() is None
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "first")
     git("tag", "-a", "v9", "-m", "a tag is not a commit")
     head = git("rev-parse", "HEAD")
-    assert record._commit() == head[:12]
+    assert record.commit() == head[:12]
     (tmp_path / "file").write_text("2")
-    assert record._commit() == head[:12] + "-dirty"
+    assert record.commit() == head[:12] + "-dirty"
 
 
 def test_records_are_read_in_the_order_in_which_they_were_taken(tmp_path: Path) -> None:

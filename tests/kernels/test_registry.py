@@ -56,6 +56,21 @@ def test_parameters_are_inputs_scalars_outputs_constants(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_reference_makes_its_tensors_where_its_inputs_are(name):
+    """A benchmark runs it on the GPU. What it makes without saying where is on the default device, here another one."""
+    spec = registry.spec(name)
+    case = min(spec.cases, key=spec.bytes)
+    operands = [
+        value.float() if value.is_floating_point() else value for value in draw(spec, case, 7).values()
+    ]
+    expected = spec.reference(*operands, **case.attributes)
+    with torch.device("meta"):
+        given = spec.reference(*operands, **case.attributes)
+    for value, wanted in zip(given, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_cases_are_within_the_limits_of_a_launch(name):
     spec = registry.spec(name)
     for case in (*spec.cases, *spec.workloads.values()):
