@@ -4,7 +4,7 @@
     tokenizer/<component>.json   one a text encoder
     engines/<name>.<form>        one or more a program and shape: a graph, a compiled library, a plan
     engines/<component>.weights  the tensors that these share
-    kernels/<name>.cubin         what the sampling loop launches itself on a GPU
+    kernels/<name>.cubin, .ptx   what the sampling loop launches itself on a GPU
     reference/<name>.npz         inputs and torch's outputs, for `rt verify`
 
 `docs/bundle-format.md` describes each field. A bundle is code: run only those you trust.
