@@ -26,6 +26,8 @@ HEADERS = {
 }
 """What torch's headers include of CUDA's, each for all of its package, and the package."""
 STUBS = "lib64/stubs"
+TOOLKIT = Path("/usr/local/cuda")
+"""Where a toolkit is by default."""
 
 
 def check_compiler() -> None:
@@ -54,13 +56,13 @@ def cuda_home() -> Path:
     from torch.utils import cpp_extension
 
     packages = sorted((Path(str(torch.__file__)).parents[1] / "nvidia").glob("cu[0-9]*"))
-    toolkit = cpp_extension.CUDA_HOME
-    homes = packages if toolkit is None else [Path(toolkit), *packages]
+    toolkit = cpp_extension.CUDA_HOME  # by the variable, or where nvcc is, which may be a link
+    homes = [*([Path(toolkit)] if toolkit else []), *packages, TOOLKIT]
     lacking = {home: [name for name in HEADERS if not (home / "include" / name).is_file()] for home in homes}
     complete = [home for home, names in lacking.items() if not names]
     if complete:
         return complete[0]
-    missing = min(lacking.values(), key=len, default=[*HEADERS])
+    missing = min(lacking.values(), key=len)
     cuda = torch.version.cuda or "13.0"
     wheels = " ".join(f'"{HEADERS[name]}=={cuda}.*"' for name in missing)  # one's headers include another's
     install = (

@@ -54,6 +54,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     monkeypatch.setattr("torch.__file__", str(site / "torch/__init__.py"))
     monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr(toolchain, "TOOLKIT", tmp_path / "default")
     return home
 
 
@@ -87,8 +88,10 @@ def test_headers_that_are_missing_are_named_with_what_brings_them(
 def test_a_toolkit_comes_first_if_it_is_complete(
     packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bring(tmp_path / "default", *toolchain.HEADERS)
+    assert toolchain.cuda_home() == tmp_path / "default"
     bring(packages, *toolchain.HEADERS)
-    assert toolchain.cuda_home() == packages
+    assert toolchain.cuda_home() == packages, "they are of torch's own release"
     toolkit = tmp_path / "cuda"
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(toolkit))
     bring(toolkit, "cuda_runtime_api.h", "crt/host_defines.h")
