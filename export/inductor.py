@@ -241,16 +241,21 @@ def _folder(program: str) -> Iterator[Path]:
     from torch._inductor.utils import fresh_cache
 
     kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    failure: Exception | None = None
     with fresh_cache():  # what is cached in memory has the paths of another folder
-        if not kept:
-            yield Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-            return
-        folder = Path(kept).absolute() / "rt" / program
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        if kept:
+            folder = Path(kept).absolute() / "rt" / program
+            folder.mkdir(parents=True, exist_ok=True)
         with toolchain.environment(
             TORCHINDUCTOR_CACHE_DIR=str(folder), TRITON_CACHE_DIR=str(folder / "triton")
         ):
-            yield folder
+            try:
+                yield folder
+            except Exception as error:  # of which torch is not told, or it would keep what it has so far
+                failure = error
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

@@ -32,15 +32,19 @@ TOOLKIT = Path("/usr/local/cuda")
 
 def check_compiler() -> None:
     """Raises BackendUnavailableError without g++ and binutils."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    # When it is imported, torch writes down there which folder it takes by default, as if a user had.
+    with environment(
+        TORCHINDUCTOR_CACHE_DIR=os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    ):
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
 
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
-        raise BackendUnavailableError(
-            "inductor compiles C++, and there is no compiler; install g++ 10 or later, or set CXX to one"
-        ) from error
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError) as error:
+            raise BackendUnavailableError(
+                "inductor compiles C++, and there is no compiler; install g++ 10 or later, or set CXX to one"
+            ) from error
     if shutil.which("strip") is None:
         raise BackendUnavailableError(
             "a package of inductor is cleaned with strip, and there is none; install binutils"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,27 @@ def test_variables_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (os.environ["RT_ONE"], os.environ["RT_TWO"]) == ("2", "2")
         raise RuntimeError
     assert os.environ["RT_ONE"] == "1" and "RT_TWO" not in os.environ
+
+
+@pytest.mark.slow
+def test_a_look_for_the_compiler_chooses_no_folder_for_caches(tmp_path: Path) -> None:
+    """In a process that has not imported torch's compiler yet, which would choose one."""
+    code = "import os; from rt.export.toolchain import check_compiler as check; check(); "
+    code += "print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    clean = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    for chosen in ({}, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**clean, **chosen}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == str(chosen.get("TORCHINDUCTOR_CACHE_DIR"))
+
+
+def test_a_compile_that_failed_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rt.export.inductor import _folder
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no such symbol"), _folder("unet") as folder:
+        (folder / "half.cpp").touch()
+        raise RuntimeError("no such symbol")
+    assert not folder.exists() and not any(tmp_path.iterdir())
