@@ -7,7 +7,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from rt.backends import ON_HOST, Backend, DeviceBackend, Form, choose_target, get
+from rt.backends import AUTO, ON_HOST, Backend, Form, get
 from rt.bundle import (
     MANIFEST,
     SCHEMA,
@@ -35,9 +35,10 @@ from rt.config import BuildConfig, DType, fingerprint
 from rt.errors import BuildError, ConfigError, RtError
 from rt.export.calibrate import Calibration, calibrate
 from rt.export.checkpoint import Checkpoint
-from rt.export.forms import Request, check_options, writer
+from rt.export.forms import Request, particular, writer
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import Observation, observe
+from rt.export.one_line import one_line
 from rt.export.passes.cast import HALF, cast, in_range
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
@@ -47,9 +48,8 @@ from rt.export.passes.rescale import rescale
 from rt.export.program import Program, narrowed
 from rt.export.source import Kind
 from rt.export.staging import staged
+from rt.export.target import loop_compiler, target
 from rt.export.trace import trace
-from rt.export.weights import one_line
-from rt.kernel_image import KernelImage
 from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress
 from rt.samplers import Scheduler
@@ -77,6 +77,7 @@ _NATIVE = (DType.BF16, DType.INT8)
 """The formats of our CPU kernels."""
 BITS: Mapping[DType, Bits] = {DType.INT8: INT8, DType.FP8: FP8}
 """The formats in which products are calibrated."""
+_NOTHING_LEFT = "; nothing was left behind"
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "OFL*")
 
 
@@ -93,25 +94,64 @@ def build(
 
     With a `donor`, a bundle of the same model with refittable plans, its plans get the new weights and none is built.
 
+    For the backend "auto" the first one is taken that this machine can build for. Where that fails all the same, the
+    build begins again for the next one, so that a bundle is always that of a build for one backend.
+
     Raises:
         BuildError: When the output exists or cannot be written; AccuracyError when an engine is wrong.
         CheckpointError, ShapeError, BackendUnavailableError: Before any work, where that can be known.
     """
-    spec = checkpoint.spec
     for profile in config.profiles:
-        profile.check_multiple(spec.vae_scale_factor)
-    backend, _ = choose_target(config.backend, config.dtype)
-    check_options(backend, Request(stage=Path(output), config=config, donor=donor))
-    compile_loop = _loop_compiler(backend)
+        profile.check_multiple(checkpoint.spec.vae_scale_factor)
+    request = Request(stage=Path(output), config=config, donor=donor)
+    _check_sampler(checkpoint)
+    failed: dict[str, str] = {}
+    while True:
+        backend = target(request, failed)
+        chosen = replace(config, backend=backend.name)
+        try:
+            return _build_for(backend, checkpoint, Path(output), chosen, donor, force=force, quiet=quiet)
+        except _EngineFailure as failure:
+            # Whoever asked for what one backend alone can do has no use for another.
+            if config.backend != AUTO or particular(request) or writer(backend) is None:
+                raise failure.error from failure.error.__cause__
+            failed[backend.name] = failure.reason
+
+
+class _EngineFailure(Exception):
+    """What is up to a backend did not succeed.
+
+    Args:
+        reason: In a few words.
+        error: That the build ends with if there is no other backend.
+    """
+
+    def __init__(self, reason: str, error: Exception) -> None:
+        super().__init__(reason)
+        self.reason, self.error = reason, error
+
+
+def _build_for(
+    backend: Backend,
+    checkpoint: Checkpoint,
+    output: Path,
+    config: BuildConfig,
+    donor: Bundle | None,
+    *,
+    force: bool,
+    quiet: bool,
+) -> Bundle:
+    """See `build`; raises _EngineFailure where it is the backend that fails."""
+    spec = checkpoint.spec
+    compile_loop = loop_compiler(backend)
     if problem := backend.available().problem:
         logger.warning(
             "%s %s: what is built for it is not run; check it where it will be: rt verify",
             backend.name,
             problem,
         )
-    _check_sampler(checkpoint)
     with (
-        staged(Path(output), force=force) as stage,
+        staged(output, force=force) as stage,
         progress("build", total=_steps(checkpoint, config, backend), quiet=quiet) as bar,
         torch.inference_mode(),
         _frozen(),
@@ -127,7 +167,7 @@ def build(
         for encoder in spec.text_encoders:
             checkpoint.tokenizer(encoder).save(stage / "tokenizer" / f"{encoder.value}.json")
         _copy_licence(checkpoint, stage)
-        with _step(bar, "compile the loop"):
+        with _engine_step(bar, "compile the loop"):
             kernels = compile_loop(stage)
         with _step(bar, "hash the source"):
             source = _source(checkpoint)
@@ -204,12 +244,12 @@ def _compile(
     engines = []
     for record in lowered:
         if (further := writer(backend)) is not None and further.write is not None:
-            with _step(bar, f"{record.name}: compile"):
+            with _engine_step(bar, f"{record.name}: compile"):
                 written = further.write(record, request)
                 record = replace(
                     record, forms={**record.forms, **{form.value: path for form, path in written.items()}}
                 )
-        with _step(bar, f"{record.name}: verify"):
+        with _engine_step(bar, f"{record.name}: verify"):
             engines.append(_verified(record, request.stage, backend))
     return engines
 
@@ -284,7 +324,7 @@ def _lower_all(
                         path = stage / forms[Form.FUSED.value]
                         lower(narrowed(program, narrow), computing, store, path)
             if (further := writer(backend)) is not None and further.compile is not None:
-                with _step(bar, f"{program.name}: compile"):
+                with _engine_step(bar, f"{program.name}: compile"):
                     # What is calibrated is known by the names of the graph as it was.
                     if calibration is None and program.component in _PICTURES and _fuses(backend, dtype):
                         program = program.rewritten("merge", merge)
@@ -370,9 +410,20 @@ def _step(bar: Bar, label: str) -> Iterator[None]:
     except Exception as error:
         if "allocate memory" in str(error):  # torch has no error of its own for this
             raise MemoryError from error
-        raise BuildError(f"{label}: {one_line(error)}; nothing was left behind") from error
+        raise BuildError(f"{label}: {one_line(error)}{_NOTHING_LEFT}") from error
     bar.advance()
     logger.info("%s took %.1f s", label, time.perf_counter() - started)
+
+
+@contextmanager
+def _engine_step(bar: Bar, label: str) -> Iterator[None]:
+    """A step that is up to the backend. A disk that is full is not: its error stays as it is."""
+    try:
+        with _step(bar, label):
+            yield
+    except (RtError, MemoryError) as error:
+        reason = str(error).removesuffix(_NOTHING_LEFT) or "out of memory"
+        raise _EngineFailure(reason if reason.startswith(label) else f"{label}: {reason}", error) from error
 
 
 def _steps(checkpoint: Checkpoint, config: BuildConfig, backend: Backend) -> int:
@@ -387,19 +438,6 @@ def _steps(checkpoint: Checkpoint, config: BuildConfig, backend: Backend) -> int
     a_program = 3 if writer(backend) is None else 4
     calibrations = config.dtype in BITS
     return len(checkpoint.components) + a_program * programs + fused + calibrations + 2
-
-
-def _loop_compiler(backend: Backend) -> Callable[[Path], tuple[KernelImage, ...]]:
-    """Writes the kernels that a loop on `backend` launches; on the host there are none.
-
-    Raises:
-        BackendUnavailableError: It needs Triton, which is not installed.
-    """
-    if not isinstance(backend, DeviceBackend):
-        return lambda stage: ()
-    from rt.export.loop_kernels import compile_loop
-
-    return compile_loop
 
 
 def _text(stage: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

@@ -70,20 +70,25 @@ def check_options(backend: Backend, request: Request) -> None:
     Raises:
         ConfigError: An option is for another backend, or cannot be had on this machine.
     """
-    config, name = request.config, backend.name
-    tensorrt = {"--refittable": config.refittable, "--portable": config.portable, "--tune": config.tune}
-    tensorrt["--refit"] = request.donor is not None
-    _refuse(tensorrt, "TensorRT", "tensorrt", name)
-    _refuse({"--max-autotune": config.max_autotune}, "inductor", "inductor", name)
+    for option, family in particular(request).items():
+        if not backend.name.startswith(family):
+            whose = {"tensorrt": "TensorRT"}.get(family, family)
+            raise ConfigError(
+                f"{option} is for {whose}, and this build is for {backend.name}; "
+                f"leave it out or add --backend {family}"
+            )
     if (found := writer(backend)) is not None:
         found.check(request)
 
 
-def _refuse(options: Mapping[str, bool], whose: str, family: str, backend: str) -> None:
-    """Options of another family of backends; a family is what their names begin with."""
-    for option, given in options.items():
-        if given and not backend.startswith(family):
-            raise ConfigError(
-                f"{option} is for {whose}, and this build is for {backend}; "
-                f"leave it out or add --backend {family}"
-            )
+def particular(request: Request) -> Mapping[str, str]:
+    """What was asked for that one family of backends has, and the family: what their names begin with."""
+    config = request.config
+    asked = {
+        ("--refittable", "tensorrt"): config.refittable,
+        ("--portable", "tensorrt"): config.portable,
+        ("--tune", "tensorrt"): config.tune,
+        ("--refit", "tensorrt"): request.donor is not None,
+        ("--max-autotune", "inductor"): config.max_autotune,
+    }
+    return dict(each for each, given in asked.items() if given)

@@ -22,7 +22,7 @@ from rt.checkpoint_file import read_json
 from rt.errors import CheckpointError
 from rt.export.facts import FOLDERS, components
 from rt.export.folder import TOKENIZERS, Folder, choose_weights, open_folder, refuse_code
-from rt.export.weights import one_line
+from rt.export.one_line import one_line
 
 _FACTS = (
     "model_index.json",

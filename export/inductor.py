@@ -17,12 +17,11 @@ from __future__ import annotations
 import copy
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,8 @@ from torch.utils._pytree import tree_map_only
 from rt.backends import Form
 from rt.backends.inductor import ABOUT, About, Inductor, InductorCpu, Weight
 from rt.config import DType
-from rt.errors import BackendUnavailableError, ConfigError
+from rt.errors import ConfigError
+from rt.export import toolchain
 from rt.export.candidates import Fastest, first
 from rt.export.forms import Request, Writer
 from rt.export.lower import WeightFile
@@ -74,7 +74,7 @@ _PROCESSOR_NAMES = {
 
 def _check_cpu(request: Request) -> None:
     """Raises BackendUnavailableError without a compiler, ConfigError where torch cannot name its instructions."""
-    _check_compiler()
+    toolchain.check_compiler()
     if "cpp.march" not in _known_options():
         raise ConfigError(
             f"torch {torch.__version__} compiles for its own processor alone; "
@@ -96,39 +96,8 @@ def _check_gpu(request: Request) -> None:
         raise ConfigError(
             f"--fp8 needs compute capability 8.9, and this GPU has {'.'.join(map(str, _capability()))}; use --fp16"
         )
-    _check_compiler()
-    if _cuda_home() is None:
-        raise BackendUnavailableError(
-            "inductor compiles C++ with CUDA's headers, and there is no cuda_runtime_api.h; "
-            "install the CUDA toolkit, or set CUDA_HOME to one"
-        )
-
-
-def _check_compiler() -> None:
-    """Raises BackendUnavailableError without g++ and binutils."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
-        raise BackendUnavailableError(
-            "inductor compiles C++, and there is no compiler; install g++ 10 or later, or set CXX to one"
-        ) from error
-    if shutil.which("strip") is None:
-        raise BackendUnavailableError(
-            "a package of inductor is cleaned with strip, and there is none; install binutils"
-        )
-
-
-def _cuda_home() -> Path | None:
-    """The folder of CUDA whose `include` has the headers: a toolkit, or what torch's own packages bring."""
-    from torch.utils import cpp_extension
-
-    packages = sorted((Path(str(torch.__file__)).parents[1] / "nvidia").glob("cu*"))
-    toolkit = cpp_extension.CUDA_HOME
-    homes = packages if toolkit is None else [Path(toolkit), *packages]
-    return next((home for home in homes if (home / "include/cuda_runtime_api.h").is_file()), None)
+    toolchain.check_compiler()
+    toolchain.cuda_home()
 
 
 def compile_for(
@@ -191,7 +160,7 @@ def write_package(
         for tensor in _tensors(compiled).values():
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-        with _headers(device), _folder(program.name) as folder:
+        with toolchain.cuda() if device == "cuda" else nullcontext(), _folder(program.name) as folder:
             files: Any = torch._inductor.aot_compile(
                 compiled, (), inputs, options=_options(device, max_autotune)
             )
@@ -321,40 +290,21 @@ def _folder(program: str) -> Iterator[Path]:
     from torch._inductor.utils import fresh_cache
 
     kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    failure: Exception | None = None
     with fresh_cache():  # what is cached in memory has the paths of another folder
-        if not kept:
-            yield Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-            return
-        folder = Path(kept).absolute() / "rt" / program
-        folder.mkdir(parents=True, exist_ok=True)
-        with _environment(TORCHINDUCTOR_CACHE_DIR=str(folder), TRITON_CACHE_DIR=str(folder / "triton")):
-            yield folder
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ[name] for name in variables if name in os.environ}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[name]
-        os.environ.update(before)
-
-
-@contextmanager
-def _headers(device: str) -> Iterator[None]:
-    """CUDA's headers where torch looks for them: it reads CUDA_HOME once, and does not know its own packages."""
-    from torch.utils import cpp_extension
-
-    before = cpp_extension.CUDA_HOME
-    if device == "cuda":
-        cpp_extension.CUDA_HOME = str(_cuda_home())
-    try:
-        yield
-    finally:
-        cpp_extension.CUDA_HOME = before
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        if kept:
+            folder = Path(kept).absolute() / "rt" / program
+            folder.mkdir(parents=True, exist_ok=True)
+        with toolchain.environment(
+            TORCHINDUCTOR_CACHE_DIR=str(folder), TRITON_CACHE_DIR=str(folder / "triton")
+        ):
+            try:
+                yield folder
+            except Exception as error:  # of which torch is not told, or it would keep what it has so far
+                failure = error
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

@@ -24,11 +24,11 @@ from rt.errors import RtError
 from rt.export.forms import Request, Writer, writer
 from rt.export.lower import WeightFile, lower
 from rt.export.observe import observe
+from rt.export.one_line import one_line
 from rt.export.passes.cast import HALF, cast
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
 from rt.export.program import Program, trace_program
-from rt.export.weights import one_line
 from rt.model import Component
 from rt.shapes import ShapeProfile, TensorSpec
 from rt.verify import check, save_reference

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from rt.checkpoint_file import LFS_POINTER, lfs_error
 from rt.errors import CheckpointError, PickleError, shown
 from rt.export.names import canonical, ignored, summary
+from rt.export.one_line import one_line
 from rt.json_file import parse_json
 from rt.model import Component
 
@@ -35,7 +36,6 @@ LONGEST = 1000
 """No list in a config has more entries."""
 _MOST_TENSORS = 10_000
 _MAX_HEADER_BYTES = 16 << 20
-_LONGEST_LINE = 300
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -80,12 +80,6 @@ def pickle_error(path: Path | str) -> PickleError:
         f"{path} is a pickle, which can run any code when it is read; rt reads safetensors only: "
         "convert it on a machine you trust, e.g. diffusers' save_pretrained(..., safe_serialization=True)"
     )
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of another library's message, or the name of the error when it has none."""
-    line = str(error).strip().partition("\n")[0] or type(error).__name__
-    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} …"
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

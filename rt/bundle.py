@@ -4,7 +4,7 @@
     tokenizer/<component>.json   one a text encoder
     engines/<name>.<form>        one or more a program and shape: a graph, a compiled library, a plan
     engines/<component>.weights  the tensors that these share
-    kernels/<name>.cubin         what the sampling loop launches itself on a GPU
+    kernels/<name>.cubin, .ptx   what the sampling loop launches itself on a GPU
     reference/<name>.npz         inputs and torch's outputs, for `rt verify`
 
 `docs/bundle-format.md` describes each field. A bundle is code: run only those you trust.
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rt import contract
-from rt.backends import Backend, cpu_count
+from rt.backends import Backend, Form, cpu_count
 from rt.config import BuildConfig, DType
 from rt.decode import decode
 from rt.errors import BundleError, IncompatibleBundleError, IntegrityError, shown
@@ -128,12 +128,16 @@ class EngineRecord:
         return [self.forms[form] for form in backend.forms(self.dtype) if form in self.forms]
 
     def form(self, backend: Backend) -> str:
-        """Path of the form that `backend` runs fastest here; there is one where `Manifest.unfit` says nothing."""
-        return self.runnable(backend)[0]
+        """The path of `fastest`."""
+        return self.forms[self.fastest(backend)]
+
+    def fastest(self, backend: Backend) -> Form:
+        """What `backend` runs fastest here; there is something where `Manifest.unfit` says nothing."""
+        return next(form for form in backend.forms(self.dtype) if form in self.forms)
 
     def files(self, backend: Backend) -> list[str]:
-        """Paths that loading that form reads."""
-        form = next(form for form in backend.forms(self.dtype) if form in self.forms)
+        """Paths that loading it reads."""
+        form = self.fastest(backend)
         return [self.forms[form]] if form.holds_weights else [self.forms[form], self.weights]
 
 

@@ -35,7 +35,7 @@ class BuildConfig:
     Attributes:
         profiles: The shapes to build engines for; the first is the default of `rt run`.
         dtype: Format of weights and arithmetic.
-        backend: The engine that the build is verified with and that `rt run` prefers.
+        backend: The engine that the build is verified with and that `rt run` prefers; "auto" before it is chosen.
         step_cache: Whether steps of the U-Net can reuse deep features (`rt run --step-cache`).
         refittable: TensorRT: whether the weights of a plan can be replaced, as `--refit` of a later build does.
         portable: TensorRT: whether plans run on every GPU since Ampere, rather than on this machine's model alone.

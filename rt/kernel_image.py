@@ -40,7 +40,7 @@ class TensorArgument:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelImage:
-    """One cubin, good for one set of compile-time constants and any sizes it does not fix.
+    """One kernel's code, good for one set of compile-time constants and any sizes it does not fix.
 
     The arguments are, in this order: a pointer an input, a 32-bit integer a scalar, a pointer an output.
 
@@ -49,7 +49,8 @@ class KernelImage:
         name: Unique in a bundle or library; says kernel, formats, constants and architecture.
         symbol: The entry point.
         capability: Compute capability it was compiled for, such as 90; see `runs_on`.
-        file: Path of the cubin, inside a bundle or relative to the list that holds this record.
+        file: Path of the code, inside a bundle or relative to the list that holds this record: a cubin, or PTX where
+            the name ends so.
         sizes: Sizes that were fixed when it was compiled, such as the width of a head.
         constants: What else was fixed: attributes and tile sizes.
         inputs: Pointers that are read.
@@ -76,9 +77,19 @@ class KernelImage:
     shared_bytes: int
     registers: int
 
+    @property
+    def is_ptx(self) -> bool:
+        """Whether the driver compiles it when it loads."""
+        return self.file.endswith(".ptx")
+
     def runs_on(self, capability: int) -> bool:
-        """Whether a GPU of that compute capability executes it: cubins hold for one major version, upwards."""
-        return capability // 10 == self.capability // 10 and capability >= self.capability
+        """Whether a GPU of that compute capability executes it.
+
+        A cubin holds for one major version, upwards, and PTX for all that came later.
+        https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#application-compatibility
+        """
+        same = capability // 10 == self.capability // 10
+        return capability >= self.capability and (same or self.is_ptx)
 
     def launch_grid(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
         """Blocks in x, y and z for `sizes`."""

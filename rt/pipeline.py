@@ -126,6 +126,8 @@ class Pipeline:
     ) -> Pipeline:
         """Open the bundle at `path`; engines load, and their files are hashed, when first needed.
 
+        For "auto" one is loaded at once where the bundle has compiled programs, to see whether they run here.
+
         Args:
             path: The directory that `rt build` wrote.
             backend: One of `rt.backends.BACKENDS`, or auto: the best for the bundle of those that are here.

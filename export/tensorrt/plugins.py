@@ -44,10 +44,12 @@ def register(capability: int) -> None:
     Raises:
         BuildError: There are no kernels for it.
     """
-    fitting = [known for known in CAPABILITIES if known // 10 == capability // 10 and known <= capability]
-    if not fitting:
+    oldest = min(CAPABILITIES)
+    if capability < oldest:
         raise BuildError(f"no kernels for compute capability {capability}; they are for {[*CAPABILITIES]}")
-    _target.capability = max(fitting)
+    same = [known for known in CAPABILITIES if known // 10 == capability // 10 and known <= capability]
+    # The plan holds PTX, and the oldest of ours is good for GPUs that we do not know.
+    _target.capability = max(same, default=oldest)
     _register_once()
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "DeviceEngine",
     "Engine",
     "Form",
+    "arithmetic",
     "choose",
     "choose_target",
     "cpu_count",
@@ -90,7 +91,7 @@ def choose(
             why = "".join(f"; not {other}" for other in passed_over)
             return (
                 candidate,
-                f"{candidate.name}: computes {dtype.value} graphs in {_arithmetic(candidate, dtype)}{why}",
+                f"{candidate.name}: computes {dtype.value} graphs in {arithmetic(candidate, dtype)}{why}",
             )
         # Most machines have no GPU, and nobody there asked for one.
         expected = candidate.name in (preferred, *ON_HOST) or bool(availability)
@@ -100,8 +101,15 @@ def choose(
     )
 
 
-def choose_target(name: str, dtype: DType) -> tuple[Backend, str]:
+def choose_target(
+    name: str, dtype: DType, unfit: Callable[[Backend], str] = lambda backend: ""
+) -> tuple[Backend, str]:
     """The backend to build for: as `choose`, but one asked for by name may lack its GPU, which only running needs.
+
+    Args:
+        name: A backend, or "auto".
+        dtype: The format of the graphs.
+        unfit: Why "auto" passes a backend over that could run them: nothing can be built for it here.
 
     Raises:
         BackendUnavailableError, ConfigError: As `choose`.
@@ -110,9 +118,10 @@ def choose_target(name: str, dtype: DType) -> tuple[Backend, str]:
         if reason := backend.refuses(dtype):
             raise ConfigError(f"{name} cannot run {dtype.value} graphs: {reason}")
         return backend, f"{name}: as asked"
-    return choose(name, dtype)
+    return choose(name, dtype, unfit=unfit)
 
 
-def _arithmetic(backend: Backend, dtype: DType) -> str:
+def arithmetic(backend: Backend, dtype: DType) -> str:
+    """In what `backend` computes graphs of `dtype`, such as "f32" or "int8 and bf16"."""
     floats = backend.arithmetic(dtype)
     return f"int8 and {floats}" if dtype is DType.INT8 else floats

@@ -42,6 +42,11 @@ class Form(str, Enum):
         """Whether it is complete; other forms refer to the weights of their component."""
         return self in (Form.TENSORRT, Form.TENSORRT_RTX)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it is for one release of its library, and for machines like that of the build."""
+        return self not in (Form.ONNX, Form.FUSED)
+
 
 class Engine(Protocol):
     """A loaded program with its buffers.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from rt.backends import AUTO, BACKENDS, choose_target
+from rt.backends import AUTO, BACKENDS, arithmetic, choose_target, get
 from rt.bundle import Bundle
 from rt.cli.streams import hand_out, say
 from rt.config import BuildConfig, DType
@@ -119,7 +119,7 @@ def command(
     started = time.perf_counter()
     _check_sizes(height, width, batch_size)
     chosen = _dtype(dtypes, dtype)
-    engine, why = choose_target(backend, chosen)
+    choose_target(backend, chosen)  # what is not there at all is said before a model is fetched
     with needs("build", "rt build"):
         from rt.export.build import build, default_profiles
         from rt.export.checkpoint import open_checkpoint
@@ -140,7 +140,7 @@ def command(
     config = BuildConfig(
         profiles=default_profiles(checkpoint, height, width, batch_size),
         dtype=chosen,
-        backend=engine.name,
+        backend=backend,
         step_cache=step_cache,
         refittable=refittable,
         portable=portable,
@@ -149,7 +149,7 @@ def command(
     )
     opened = None if donor is None else Bundle.open(donor)
     bundle = build(checkpoint, output, config, donor=opened, force=force, quiet=quiet)
-    _report(bundle, why, time.perf_counter() - started)
+    _report(bundle, time.perf_counter() - started)
     hand_out(str(output))
 
 
@@ -172,10 +172,13 @@ def _dtype(flags: tuple[str, ...], name: str | None) -> DType:
     return DType(asked.pop()) if asked else DType.FP32
 
 
-def _report(bundle: Bundle, why: str, seconds: float) -> None:
+def _report(bundle: Bundle, seconds: float) -> None:
     for engine in bundle.manifest.engines:
         logger.info("%s: %s", engine.name, engine.accuracy)
         for record in engine.passes:
             logger.info("%s: %s", engine.name, record)
     size = sum(record.size_bytes for record in bundle.manifest.files.values()) / 2**20
-    say(f"built in {seconds:.0f} s, {size:.0f} MiB; {why}")
+    config = bundle.manifest.config
+    floats = arithmetic(get(config.backend), config.dtype)
+    how = f"{config.backend} computes {config.dtype.value} graphs in {floats}"
+    say(f"built in {seconds:.0f} s, {size:.0f} MiB; {how}")

@@ -6,18 +6,20 @@ import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import click
 
 import rt
-from rt.backends import BACKENDS
+from rt.backends import BACKENDS, Backend, DeviceBackend
 from rt.backends.native import BUILD, gpu_images, kernels
-from rt.config import DType
+from rt.config import BuildConfig, DType
 from rt.errors import BackendError
 from rt.extras import install_line, needs, packages
 from rt.machine import Machine
 from rt.processors import Processors
+from rt.shapes import ShapeProfile
 
 
 @click.command(short_help="Say what is installed and what is missing.")
@@ -74,6 +76,7 @@ def _report() -> dict[str, Any]:
                 "version": backend.available().version,
                 "problem": backend.available().problem,
                 "computes": {d.value: backend.refuses(d) or backend.arithmetic(d) for d in DType},
+                "build_problem": _build_problem(backend),
             }
             for name, backend in BACKENDS.items()
         },
@@ -102,6 +105,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
             continue
         lines.append(f"ok       {name} {engine['version']}")
         lines += [f"           {dtype}: {how}" for dtype, how in engine["computes"].items()]
+        if engine["build_problem"]:
+            lines.append(f"           rt build: {engine['build_problem']}")
     native = report["kernels"]
     if native["problem"]:
         lines.append(f"unused   native kernels: {native['problem']}")
@@ -118,6 +123,19 @@ def _lines(report: dict[str, Any]) -> list[str]:
         else:
             lines.append(f"ok       everything for {use}")
     return lines
+
+
+def _build_problem(backend: Backend) -> str:
+    """Why nothing can be built here for a backend that runs on a GPU, or "" where it can, or cannot be known."""
+    if not isinstance(backend, DeviceBackend) or not backend.available():
+        return ""
+    if not all(map(_installed, packages("build"))):
+        return ""  # which is said elsewhere
+    from rt.export.forms import Request
+    from rt.export.target import refusal
+
+    config = BuildConfig(profiles=(ShapeProfile(512, 512),), dtype=DType.FP16, backend=backend.name)
+    return refusal(backend, Request(stage=Path(), config=config))
 
 
 def _installed(package: str) -> bool:

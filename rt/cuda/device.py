@@ -178,7 +178,7 @@ class Device(Protocol):
     def clear(self, target: DeviceArray, stream: Stream) -> None:
         """Every byte 0."""
 
-    def load(self, image: KernelImage, cubin: bytes) -> Kernel:
+    def load(self, image: KernelImage, code: bytes) -> Kernel:
         """Make a kernel ready to launch; its code stays loaded until the device is closed."""
 
     def create_event(self) -> Event:

@@ -120,9 +120,11 @@ class CudaDevice:
         """See `Device`."""
         self._call("cuMemsetD8Async", target.pointer, 0, target.nbytes, stream)
 
-    def load(self, image: KernelImage, cubin: bytes) -> Kernel:
+    def load(self, image: KernelImage, code: bytes) -> Kernel:
         """See `Device`."""
-        module = self._call("cuModuleLoadData", cubin, subject=f"loading kernel {image.name}")
+        if image.is_ptx:
+            code += b"\0"  # a cubin knows how long it is, a text does not
+        module = self._call("cuModuleLoadData", code, subject=f"loading kernel {image.name}")
         self._modules.append(module)
         function = self._call("cuModuleGetFunction", module, image.symbol.encode())
         if image.shared_bytes > SHARED_WITHOUT_ASKING:

@@ -214,8 +214,8 @@ class HostDevice:
         """Enqueue work of the host, as an engine on the CPU."""
         self._enqueue(stream, "host", name, work)
 
-    def load(self, image: KernelImage, cubin: bytes) -> Kernel:
-        """See `Device`; whatever `cubin` holds, the implementation is what runs."""
+    def load(self, image: KernelImage, code: bytes) -> Kernel:
+        """See `Device`; whatever `code` holds, the implementation is what runs."""
         self._outside_capture("load")
         if image.kernel not in self._implementations:
             raise BackendError(

@@ -1,4 +1,4 @@
-"""Compiled kernels: picks the one that fits sizes, formats and GPU, and loads each cubin at most once."""
+"""Compiled kernels: picks the one that fits sizes, formats and GPU, and loads each at most once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class KernelLibrary:
         self._loaded: dict[str, Kernel] = {}
 
     def get(self, kernel: str, *, dtypes: Mapping[str, str], sizes: Mapping[str, int]) -> Kernel:
-        """The kernel that was compiled for these, loaded if need be; the newest architecture that the GPU executes.
+        """The kernel that was compiled for these, loaded if need be; of those that the GPU executes the newest cubin.
 
         Args:
             kernel: Name of the op.
@@ -33,7 +33,7 @@ class KernelLibrary:
             sizes: Of the launch; those that were fixed must be equal.
 
         Raises:
-            BackendError: None was, with what there is; or the driver refuses the cubin.
+            BackendError: None was, with what there is; or the driver refuses the code.
             IntegrityError: Its file is missing.
         """
         named = [image for image in self._images if image.kernel == kernel]
@@ -61,17 +61,17 @@ class KernelLibrary:
                 f"{kernel} was compiled for compute capability {there}, and {self._device.name} has "
                 f"{self._device.capability}; build the bundle again, with an rt that knows it"
             )
-        return self._load(max(runs, key=lambda image: image.capability))
+        return self._load(max(runs, key=lambda image: (not image.is_ptx, image.capability)))
 
     def _load(self, image: KernelImage) -> Kernel:
         if image.name not in self._loaded:
             try:
-                cubin = (self._folder / image.file).read_bytes()
+                code = (self._folder / image.file).read_bytes()
             except FileNotFoundError:
                 raise IntegrityError(
                     f"{self._folder / image.file} is missing, the code of {image.name}; build the bundle again"
                 ) from None
-            self._loaded[image.name] = self._device.load(image, cubin)
+            self._loaded[image.name] = self._device.load(image, code)
         return self._loaded[image.name]
 
 

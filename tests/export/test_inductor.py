@@ -35,12 +35,12 @@ from rt.backends.inductor import (
 )
 from rt.config import BuildConfig, DType
 from rt.cuda.host import HostDevice
-from rt.errors import BackendError, BackendUnavailableError, ConfigError, IncompatibleBundleError
+from rt.errors import BackendError, ConfigError, IncompatibleBundleError
 from rt.export.architectures import Architecture, clip, unet, vae
 from rt.export.build import build
 from rt.export.checkpoint import open_checkpoint
 from rt.export.forms import Request, check_options
-from rt.export.inductor import WRITERS, _copy, _cuda_home, _exact
+from rt.export.inductor import WRITERS, _copy, _exact
 from rt.export.lower import WeightFile
 from rt.export.operators import ops
 from rt.export.program import Program, trace_program
@@ -204,18 +204,6 @@ def test_kernels_of_another_gpu(tmp_path):
     assert json.loads(about.to_json())["capability"] == 80
 
 
-def test_without_a_compiler(tmp_path, monkeypatch):
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    def none() -> str:
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    with pytest.raises(BackendUnavailableError, match="there is no compiler; install g"):
-        check_options(get("inductor-cpu"), request(tmp_path))
-
-
 def test_a_build_for_a_gpu_needs_one(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="on the GPU that will run them, and torch finds none; build on"):
@@ -236,38 +224,8 @@ def test_fp8_needs_a_gpu_that_multiplies_it(tmp_path, monkeypatch):
         ConfigError, match=r"^--fp8 needs compute capability 8\.9, and this GPU has 8\.0; use --fp16"
     ):
         check_options(get("inductor"), request(tmp_path, dtype=DType.FP8))
-    monkeypatch.setattr("rt.export.inductor._cuda_home", lambda: tmp_path)
+    monkeypatch.setattr("rt.export.toolchain.cuda_home", lambda: tmp_path)
     check_options(get("inductor"), request(tmp_path, dtype=DType.FP16))
-
-
-def test_without_strip(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(
-        BackendUnavailableError, match="cleaned with strip, and there is none; install binutils"
-    ):
-        check_options(get("inductor-cpu"), request(tmp_path))
-
-
-def test_a_build_for_a_gpu_needs_the_headers_of_cuda(tmp_path, monkeypatch):
-    site = tmp_path / "site-packages"
-    headers = site / "nvidia/cu13/include"
-    headers.mkdir(parents=True)
-    (site / "nvidia/cublas").mkdir()
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
-    monkeypatch.setattr("torch.__file__", str(site / "torch/__init__.py"))
-    with pytest.raises(
-        BackendUnavailableError,
-        match=r"there is no cuda_runtime_api\.h; install the CUDA toolkit, or set CUDA_HOME",
-    ):
-        check_options(get("inductor"), request(tmp_path))
-    (headers / "cuda_runtime_api.h").touch()
-    check_options(get("inductor"), request(tmp_path))
-    assert _cuda_home() == headers.parent
-    (tmp_path / "cuda/include").mkdir(parents=True)
-    (tmp_path / "cuda/include/cuda_runtime_api.h").touch()
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path / "cuda"))
-    assert _cuda_home() == tmp_path / "cuda", "a toolkit comes first"
 
 
 class Made(nn.Module):

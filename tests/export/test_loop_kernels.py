@@ -43,7 +43,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
         yield build(toy(), tmp_path_factory.mktemp("gpu") / "bundle", config)
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120, 121])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120, 121, 130])
 def test_the_runtime_finds_every_kernel_for_every_gpu(bundle: Bundle, capability: int) -> None:
     device = HostDevice(dict.fromkeys(NAMES, lambda *_: None), capability=capability)
     library = KernelLibrary(device, bundle.manifest.kernels, bundle.path)
@@ -52,7 +52,33 @@ def test_the_runtime_finds_every_kernel_for_every_gpu(bundle: Bundle, capability
         assert image.kernel == name and image.runs_on(capability)
         assert not image.sizes, "its sizes are arguments"
         assert image.file in bundle.manifest.files
-        assert (bundle.path / image.file).read_bytes().startswith(b"\x7fELF")
+        code = (bundle.path / image.file).read_bytes()
+        assert image.is_ptx == (capability in (100, 103, 130)), "the driver assembles what we do not know"
+        assert b"\n.target sm_80\n" in code if image.is_ptx else code.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("here", "problem"),
+    [
+        (0, ""),
+        (75, "our kernels need a GPU of compute capability 8.0 or later, and this one has 7.5"),
+        (80, ""),
+    ],
+)
+def test_a_gpu_that_is_too_old_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: int, problem: str
+) -> None:
+    from rt.config import BuildConfig
+    from rt.export import loop_kernels
+    from rt.export.forms import Request
+    from rt.export.target import refusal
+
+    from .test_build import SMALL
+
+    monkeypatch.setattr(loop_kernels, "gpu_capability", lambda: here)
+    config = BuildConfig(profiles=(SMALL,), backend=OnDevice.name)
+    said = refusal(OnDevice(), Request(stage=tmp_path, config=config))
+    assert said.startswith(problem) and bool(said) == bool(problem)
 
 
 def test_no_kernel_names_a_place_on_the_machine_that_built_it(bundle: Bundle) -> None:

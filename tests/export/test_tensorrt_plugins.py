@@ -23,7 +23,7 @@ import torch
 from rt.config import DType
 from rt.errors import BuildError
 from rt.export.selftest import Probe, lowered
-from rt.export.tensorrt import tune
+from rt.export.tensorrt import plugins, tune
 from rt.export.tensorrt.graph import fused_nodes, with_plugins
 from rt.export.tensorrt.operators import OPERATORS
 from rt.export.tensorrt.plan import Options
@@ -157,6 +157,20 @@ def test_what_cannot_be_compiled_is_an_error(payloads: list[dict[str, Any]]) -> 
     old, dynamic = payloads[len(CALLS) :]
     assert re.match(r"^no kernels for compute capability 75; they are for \[80, .*\]$", old["error"])
     assert re.match(r"^plugin geglu needs static shapes, got \[\(-1, 4096, 2560\)\]$", dynamic["error"])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "compiled"),
+    [(80, 80), (86, 80), (89, 89), (90, 90), (100, 80), (103, 80), (120, 120), (121, 120)],
+)
+def test_a_gpu_that_no_kernel_is_for_gets_the_oldest(
+    monkeypatch: pytest.MonkeyPatch, gpu: int, compiled: int
+) -> None:
+    """A plan holds PTX, which later GPUs run, too."""
+    monkeypatch.setattr(plugins, "_register_once", lambda: None)
+    monkeypatch.setattr(plugins, "_target", plugins._Target(0))
+    plugins.register(gpu)
+    assert plugins._target.capability == compiled
 
 
 @pytest.fixture(scope="module")

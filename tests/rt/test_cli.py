@@ -231,6 +231,19 @@ def test_doctor_says_what_is_built_for_and_cannot_run_here(rt: Rt, monkeypatch: 
     assert f"unused   tensorrt-rtx: {unused.problem}" in rt("doctor").out
 
 
+def test_doctor_says_why_nothing_can_be_built_for_a_gpu(rt: Rt, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rt.export import target
+
+    inductor = BACKENDS["inductor"]
+    monkeypatch.setattr(inductor, "available", lambda: Availability(version="torch 2.13.0"))
+    for reason in ("there is no nv/target; run: pip", ""):
+        monkeypatch.setattr(target, "refusal", lambda backend, request, reason=reason: reason)
+        said = rt("doctor").out
+        assert "ok       inductor torch 2.13.0" in said
+        assert (f"\n           rt build: {reason}\n" in said) == ("rt build: " in said) == bool(reason)
+        assert json.loads(rt("doctor", "--json").out)["engines"]["inductor"]["build_problem"] == reason
+
+
 def test_doctor_says_whether_the_native_kernels_are_used(rt: Rt, monkeypatch: pytest.MonkeyPatch) -> None:
     from rt.backends.native import Kernels
     from rt.cli import doctor

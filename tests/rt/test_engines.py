@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from rt.bundle import Bundle
 from rt.config import DType
 from rt.cuda.host import HostDevice
 from rt.engines import EngineKey, Engines
-from rt.errors import BackendError, ConfigError
+from rt.errors import BackendError, BackendUnavailableError, ConfigError, IntegrityError
 from rt.pipeline import Pipeline
 from rt.shapes import TensorSpec
+
+from .device_fakes import SPECS, image
 
 
 class OnDevice(OnnxRuntime):
@@ -153,3 +156,122 @@ def test_engines_of_a_device_are_neither_used_nor_closed_after_a_fork(
     assert status == 0
     pipe.close()
     assert backend.device.calls[-1].name == "close"
+
+
+# What "auto" does with a bundle that was built for a device
+
+
+def built_for(bundle: Path, name: str, capability: int = 90) -> Bundle:
+    """The demo bundle as a build for that backend leaves it: its kernels are for GPUs from `capability` on."""
+    opened = Bundle.open(bundle)
+    kernels = tuple(replace(image(spec, "float32"), capability=capability) for spec in SPECS.values())
+    config = replace(opened.manifest.config, backend=name)
+    return Bundle(opened.path, replace(opened.manifest, config=config, kernels=kernels))
+
+
+def first(bundle: Bundle) -> str:
+    """The file that is tried: that with the least to read."""
+    backend, files = BACKENDS["onnxruntime"], bundle.manifest.files
+    size = {e.name: sum(files[f].size_bytes for f in e.files(backend)) for e in bundle.manifest.engines}
+    return f"{min(size, key=lambda name: size[name])}.onnx"
+
+
+def test_auto_tries_what_the_bundle_was_built_for_and_keeps_it(
+    demo_bundle: Path, backend: OnDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = built_for(demo_bundle, backend.name)
+    engines = Engines(bundle)
+    assert engines.backend is backend and engines.place is not None and not caplog.messages
+    assert backend.loaded == [first(bundle)]
+    engines.load((e.component, e.profile, e.guided) for e in bundle.manifest.engines)
+    assert len(backend.loaded) == len(set(backend.loaded)) == len(bundle.manifest.engines)
+    engines.close()
+    assert backend.device.in_use == 0
+
+
+class Older(HostDevice):
+    """A GPU before those that kernels are for."""
+
+    def __init__(self) -> None:
+        super().__init__(capability=75)
+
+
+def of_another_version(backend: OnDevice, bundle: Bundle) -> str:
+    backend.refused = {first(bundle)}
+    return f"cannot load {first(bundle)}"
+
+
+def on_an_older_gpu(backend: OnDevice, bundle: Bundle) -> str:
+    backend.device = Older()
+    return "the loop's kernels are for compute capability 90, and host has 75; build it again for this GPU"
+
+
+def without_its_device(backend: OnDevice, bundle: Bundle) -> str:
+    def missing() -> HostDevice:
+        raise BackendUnavailableError("no driver")
+
+    backend.open_device = missing  # type: ignore[method-assign]
+    return "no driver"
+
+
+@pytest.mark.parametrize("change", [of_another_version, on_an_older_gpu, without_its_device])
+def test_auto_goes_on_to_the_next_where_the_bundle_does_not_run(
+    demo_bundle: Path,
+    backend: OnDevice,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[OnDevice, Bundle], str],
+) -> None:
+    bundle = built_for(demo_bundle, backend.name)
+    reason = change(backend, bundle)
+    engines = Engines(bundle)
+    assert engines.backend.name == "openvino" and engines.place is None
+    assert caplog.messages == [f"openvino: computes fp32 graphs in f32; not {backend.name} ({reason})"]
+    assert backend.device.in_use == 0
+    engines.get(bundle.manifest.engines[0].component)
+    engines.close()
+
+
+def test_what_was_built_for_another_machine_is_said_of_each(
+    demo_bundle: Path, backend: OnDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = built_for(demo_bundle, backend.name)
+    reason = of_another_version(backend, bundle)
+    monkeypatch.setattr("rt.backends.BACKENDS", {backend.name: backend})
+    with pytest.raises(
+        BackendUnavailableError, match=rf"^no engine can run fp32 graphs: on-device \({reason}\)$"
+    ):
+        Engines(bundle)
+
+
+@pytest.mark.parametrize("error", [MemoryError, IntegrityError])
+def test_what_is_no_matter_of_versions_ends_it(
+    demo_bundle: Path, backend: OnDevice, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error("2 GiB")
+
+    monkeypatch.setattr(
+        *((Bundle, "verify", fail) if error is IntegrityError else (backend, "load_on", fail))
+    )
+    with pytest.raises(error, match="2 GiB"):
+        Engines(built_for(demo_bundle, backend.name))
+    assert backend.device.in_use == 0 and backend.device.calls[-1].name == "close"
+
+
+def test_a_backend_that_is_asked_for_is_not_tried(demo_bundle: Path, backend: OnDevice) -> None:
+    bundle = built_for(demo_bundle, backend.name)
+    of_another_version(backend, bundle)
+    engines = Engines(bundle, backend.name)
+    assert backend.loaded == []
+    record = next(e for e in bundle.manifest.engines if f"{e.name}.onnx" in backend.refused)
+    with pytest.raises(BackendError, match=r"^cannot load"):
+        engines.get(record.component, record.profile, guided=record.guided)
+    engines.close()
+
+
+def test_graphs_are_not_tried(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(openvino_cpu.OpenVINO, "load", fail)
+    Engines(Bundle.open(demo_bundle)).close()

@@ -19,7 +19,7 @@ from rt.backends.tensorrt import CLASSIC, RTX, Scratch, TensorRT, library
 from rt.config import DType
 from rt.cuda import probe
 from rt.cuda.host import HostDevice
-from rt.cuda.probe import NO_GPU, gpu_problem
+from rt.cuda.probe import NO_GPU, gpu_capability, gpu_problem
 from rt.errors import BackendError, BackendUnavailableError, ConfigError
 from rt.shapes import TensorSpec
 
@@ -288,15 +288,29 @@ def driver(monkeypatch: pytest.MonkeyPatch, init: int = 0, count: int = 1) -> No
         pointer._obj.value = count
         return 0
 
-    fake = SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=get_count)
+    def get_device(pointer: Any, ordinal: int) -> int:
+        pointer._obj.value = 7
+        return 0
+
+    def get_attribute(pointer: Any, attribute: int, device: Any) -> int:
+        assert device.value == 7
+        pointer._obj.value = {75: 10, 76: 3}[attribute]
+        return 0
+
+    fake = SimpleNamespace(
+        cuInit=lambda flags: init,
+        cuDeviceGetCount=get_count,
+        cuDeviceGet=get_device,
+        cuDeviceGetAttribute=get_attribute,
+    )
     monkeypatch.setattr(probe.ctypes, "CDLL", lambda name: fake)
 
 
 def test_the_driver_says_whether_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_problem("libnot-there.so.1") == NO_GPU
     driver(monkeypatch)
-    assert gpu_problem() == ""
+    assert gpu_problem() == "" and gpu_capability() == 103
     driver(monkeypatch, count=0)
-    assert gpu_problem() == NO_GPU
+    assert gpu_problem() == NO_GPU and gpu_capability() == 0
     driver(monkeypatch, init=803)
     assert gpu_problem() == "needs an NVIDIA GPU, and the driver does not start (CUresult 803)"

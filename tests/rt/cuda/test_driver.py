@@ -82,6 +82,11 @@ def test_memory(gpu, driver):
     assert driver.named("cuMemFree") == [(array.pointer,), (nothing.pointer,)]
 
 
+def test_ptx_ends_with_a_zero_byte(gpu, driver, make_image):
+    gpu.load(make_image(file="scale.ptx"), b".version 8.7\n")
+    assert driver.named("cuModuleLoadData") == [(b".version 8.7\n\0",)]
+
+
 def test_a_launch(gpu, driver, make_image):
     kernel = gpu.load(make_image(), b"\x7fELF")
     assert driver.named("cuModuleLoadData") == [(b"\x7fELF",)]

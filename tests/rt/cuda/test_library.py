@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rt.cuda import KernelLibrary
@@ -57,6 +59,26 @@ def test_a_newer_gpu_of_the_same_major_version_runs_older_code(images, folder):
     device = HostDevice({"scale": lambda *_: None}, capability=86)
     kernel = KernelLibrary(device, images, folder).get("scale", dtypes=FORMATS, sizes={"columns": 4})
     assert kernel.image.capability == 80
+
+
+def test_ptx_serves_gpus_that_no_cubin_is_for(images, folder):
+    ptx = replace(images[0], name="scale_float32_4_compute80", file="scale.ptx")
+    (folder / ptx.file).write_text(".version 8.7")
+    for capability, chosen in [
+        (75, None),
+        (80, images[0]),
+        (86, images[0]),
+        (90, images[4]),
+        (100, ptx),
+        (130, ptx),
+    ]:
+        device = HostDevice({"scale": lambda *_: None}, capability=capability)
+        library = KernelLibrary(device, [ptx, *images], folder)
+        if chosen is None:
+            with pytest.raises(BackendError, match="and host has 75; build the bundle again"):
+                library.get("scale", dtypes=FORMATS, sizes={"columns": 4})
+        else:
+            assert library.get("scale", dtypes=FORMATS, sizes={"columns": 4}).image is chosen
 
 
 def test_what_is_missing_is_named(images, folder):
