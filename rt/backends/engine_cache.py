@@ -21,6 +21,9 @@ from pathlib import Path
 
 from rt.errors import BackendError
 
+CACHE = "cache"
+"""The folder of a bundle that is not listed in its manifest."""
+
 
 def user_cache() -> Path:
     """The folder of rt where the user keeps caches.
@@ -44,7 +47,7 @@ def compiled(graph: Path, backend: str, *, key: tuple[object, ...], shared: str)
         BackendError: What is there cannot be loaded, with what to do; or nothing can be written anywhere.
     """
     name = f"{graph.stem}-{_digest(graph, key)}"
-    roots = [base / backend for base in (graph.absolute().parents[1] / "cache", user_cache())]
+    roots = [base / backend for base in (graph.absolute().parents[1] / CACHE, user_cache())]
     for root in roots:
         if (root / name).is_dir():
             try:
