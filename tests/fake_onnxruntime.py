@@ -1,4 +1,4 @@
-"""An `onnxruntime` for GPUs that records, computes with the real one on the host, and is as late as its device's streams."""
+"""An `onnxruntime` for GPUs that records; it computes with the real one, when the device's stream comes to that."""
 
 from __future__ import annotations
 

@@ -181,7 +181,9 @@ class OnnxRuntimeTensorRT(OnnxRuntimeCuda):
 
     @contextmanager
     def _prepared(self, device: Device, path: Path, stream: Stream, dtype: DType) -> Iterator[Provider]:
-        if dtype is DType.FP32:  # programs of a half-precision bundle that run once a schedule, exact as they must be
+        if (
+            dtype is DType.FP32
+        ):  # programs of a half-precision bundle that run once a schedule, exact as they must be
             yield super().provider, _cuda_options(stream)
             return
         key = (_version(_WHEEL), _nvinfer(imported()), _tensorrt(), device.name, device.capability)
@@ -198,11 +200,11 @@ class OnnxRuntimeTensorRT(OnnxRuntimeCuda):
             return problem
         library = _nvinfer(onnxruntime)
         if library and (problem := _unloadable(library)):
-            major = int(library.rpartition(".")[2])
-            cuda = _major(onnxruntime)
+            major, cuda = int(library.rpartition(".")[2]), _major(onnxruntime)
+            package = f"tensorrt-cu{cuda}" if cuda else "tensorrt"
             return (
-                f'{problem}; run: pip install "tensorrt{f"-cu{cuda}" if cuda else ""}>={major},<{major + 1}", the version '
-                f"that this {_WHEEL} was built with"
+                f'{problem}; run: pip install "{package}>={major},<{major + 1}", the version that this {_WHEEL} was '
+                f"built with"
             )
         return ""
 
@@ -297,7 +299,9 @@ def _tensorrt_options(stream: Stream, folder: Path) -> Mapping[str, str]:
 
 
 def _memory(arrays: Mapping[str, DeviceArray]) -> dict[str, Memory]:
-    return {name: Memory(storage(array.dtype).type, array.shape, array.pointer) for name, array in arrays.items()}
+    return {
+        name: Memory(storage(array.dtype).type, array.shape, array.pointer) for name, array in arrays.items()
+    }
 
 
 def _unloadable(library: str) -> str:
@@ -312,10 +316,13 @@ def _unloadable(library: str) -> str:
 def _nvinfer(onnxruntime: Any) -> str:
     """The name of TensorRT's library that the provider was linked with, such as libnvinfer.so.10; "" if unknown."""
     provider = Path(onnxruntime.__file__).with_name("capi") / "libonnxruntime_providers_tensorrt.so"
-    with suppress(OSError, ValueError), provider.open("rb") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if found := re.search(rb"libnvinfer\.so\.\d+", content):
-                return found[0].decode()
+    with (
+        suppress(OSError, ValueError),  # another wheel; an empty file
+        provider.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        if found := re.search(rb"libnvinfer\.so\.\d+", content):
+            return found[0].decode()
     return ""
 
 

@@ -142,7 +142,9 @@ def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> N
     )
     [outcome] = outcomes(monkeypatch, "tensorrt")
     assert (outcome.result, outcome.failed) == ("no", False)
-    assert outcome.lines() == ["no      tensorrt                                      not installed; run: pip"]
+    assert outcome.lines() == [
+        "no      tensorrt                                      not installed; run: pip"
+    ]
 
 
 def test_the_network_has_every_operator() -> None:

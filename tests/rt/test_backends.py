@@ -185,7 +185,7 @@ def test_an_unknown_backend_is_refused_with_the_nearest() -> None:
         choose("openvin", DType.FP32)
     with pytest.raises(
         ConfigError,
-        match="'coreml' does not exist; use one of auto, tensorrt, tensorrt-rtx, inductor, openvino",
+        match="'coreml' does not exist; use one of auto, tensorrt, tensorrt-rtx, inductor, onnxruntime-cuda, ",
     ):
         get("coreml")
 

@@ -139,7 +139,9 @@ def test_engines_that_launch_a_graph_of_their_own(device, tmp_path, rng, mode):
     """They draw the same, and the host waits as little, but for a launch a kernel."""
     on_device: Any = DeviceEngines(FakeEngines().get, device, OwnGraphSide)
     session = DeviceSession(on_device, library(device, tmp_path), SPEC, PROFILE, mode=mode)
-    makes = [shortened(make, 6, guidance_interval=(0.2, 0.7), step_cache=2) for make in recipes(rng, guided=True)]
+    makes = [
+        shortened(make, 6, guidance_interval=(0.2, 0.7), step_cache=2) for make in recipes(rng, guided=True)
+    ]
     rows = lambda: [replace(row, noise=Generator(3)) for row in makes]  # noqa: E731
     got = session.denoise(rows())
     assert_same(got, host(rows()))

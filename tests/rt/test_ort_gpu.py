@@ -176,7 +176,7 @@ def test_what_the_library_refuses_is_one_line(device: HostDevice, graph: Path) -
             BackendError,
             r"double\.onnx: \[ONNXRuntimeError\] : 9 : NOT_IMPLEMENTED : Could not find an implementation for Erf",
         ),
-        ("run", "CUDA failure 700: an illegal memory\naccess", BackendError, "running: CUDA failure 700: an illegal memory access$"),
+        ("run", "CUDA failure 700: an\nillegal access", BackendError, "running: CUDA failure 700: an illegal access$"),
         ("run", "BFCArena::AllocateRawInternal Failed to allocate memory", MemoryError, "failed while running"),
     ],
 )  # fmt: skip
@@ -195,7 +195,9 @@ def test_a_provider_that_does_not_load_is_not_replaced_by_another(
     ort: Any, device: HostDevice, graph: Path
 ) -> None:
     ort.loads = ()
-    with pytest.raises(BackendError, match=r"^onnxruntime cannot load its CUDAExecutionProvider; rt doctor says"):
+    with pytest.raises(
+        BackendError, match=r"^onnxruntime cannot load its CUDAExecutionProvider; rt doctor says"
+    ):
         load(device, graph)
     assert device.in_use == 0
 
@@ -247,13 +249,18 @@ def gpu(gpu_ort: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ort = gpu_ort(device)
     monkeypatch.setattr(backend, "available", lambda: Availability(version="1.31.1"))
     monkeypatch.setitem(BACKENDS, backend.name, backend)
-    ort.kernels = lambda: monkeypatch.setattr("rt.pipeline.KernelLibrary", lambda device, *_: library(device, tmp_path))
+    ort.kernels = lambda: monkeypatch.setattr(
+        "rt.pipeline.KernelLibrary", lambda device, *_: library(device, tmp_path)
+    )
     return ort
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_a_bundle_draws_the_same(gpu: Any, demo_bundle: Path, kernels: bool) -> None:
+def test_a_bundle_draws_the_same(
+    gpu: Any, demo_bundle: Path, kernels: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """One that was built for a processor runs, too: its loop stays on the host."""
+    caplog.set_level("INFO")
     if kernels:
         gpu.kernels()
     arguments: dict[str, Any] = {
@@ -270,6 +277,8 @@ def test_a_bundle_draws_the_same(gpu: Any, demo_bundle: Path, kernels: bool) -> 
         device = pipe.engines.place.device  # type: ignore[union-attr]
         assert ("kernel" in names(device)) is kernels
     assert device.in_use == 0
+    said = [line for line in caplog.messages if line.endswith("build it with --backend onnxruntime-cuda")]
+    assert len(said) == (not kernels)
     expected = rt.Pipeline.from_bundle(demo_bundle, backend="onnxruntime")(**arguments).images
     for one, other in zip(got, expected, strict=True):
         assert np.abs(one - other).max() <= 1e-3
@@ -333,7 +342,9 @@ def test_programs_share_their_timings(compiling: Any, device: HostDevice, graph:
     assert (folder / "sm90.timing").read_bytes() == b"++"
 
 
-def test_programs_in_fp32_of_a_half_bundle_stay_exact(compiling: Any, device: HostDevice, graph: Path) -> None:
+def test_programs_in_fp32_of_a_half_bundle_stay_exact(
+    compiling: Any, device: HostDevice, graph: Path
+) -> None:
     load(device, graph, OnnxRuntimeTensorRT(), DType.FP32)
     [(_, provider, options)] = compiling.named("InferenceSession")
     assert provider == "CUDAExecutionProvider" and options["use_tf32"] == "0"
@@ -394,7 +405,7 @@ def test_a_load_that_fails_leaves_nothing_and_a_bad_cache_is_named(
     compiling: Any, device: HostDevice, graph: Path
 ) -> None:
     compiling.failing["InferenceSession"] = RuntimeError("no tactic")
-    with pytest.raises(BackendError, match="no tactic$"):
+    with pytest.raises(BackendError, match=r"no tactic$"):
         tensorrt(device, graph)
     root = graph.parents[1] / "cache" / "onnxruntime-tensorrt"
     assert not list(root.iterdir())
@@ -422,7 +433,9 @@ def test_both_are_backends_of_a_device(name: str, refused: Mapping[DType, str]) 
     assert [backend.arithmetic(dtype) for dtype in (DType.FP32, DType.FP16)] == ["f32", "f16"]
     for dtype in DType:
         assert backend.forms(dtype) == (Form.ONNX,)
-        assert (refused.get(dtype, "") in backend.refuses(dtype)) and bool(backend.refuses(dtype)) == (dtype in refused)
+        assert (refused.get(dtype, "") in backend.refuses(dtype)) and bool(backend.refuses(dtype)) == (
+            dtype in refused
+        )
 
 
 def test_they_come_after_those_that_compile_and_before_the_processor() -> None:
@@ -443,7 +456,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(ort_gpu, "version", find)
         monkeypatch.setattr(ort_gpu, "gpu_problem", lambda: "" if gpu else NO_GPU)
-        monkeypatch.setattr(ort_gpu.ctypes, "CDLL", lambda name: None)
+        monkeypatch.setattr(ort_gpu, "_unloadable", lambda library: "")
 
     return have
 
@@ -505,12 +518,14 @@ def test_doctor_says_that_two_wheels_overwrite_each_other(installed: Any) -> Non
     assert f"unused   onnxruntime-cuda: {NO_GPU}" in lines
 
 
-def missing(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    def open_library(name: str) -> None:
-        if name == library:
-            raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+def missing(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    found = {missing: f"{missing}: cannot open shared object file: No such file or directory"}
+    monkeypatch.setattr(ort_gpu, "_unloadable", lambda library: found.get(library, ""))
 
-    monkeypatch.setattr(ort_gpu.ctypes, "CDLL", open_library)
+
+def test_what_the_loader_says() -> None:
+    assert not ort_gpu._unloadable("libc.so.6")
+    assert ort_gpu._unloadable("libnone.so.1").startswith("libnone.so.1: cannot open shared object file")
 
 
 @pytest.mark.parametrize("library", ["libcudart.so.13", "libcublasLt.so.13", "libcudnn.so.9"])
@@ -521,7 +536,9 @@ def test_a_library_of_cuda_is_missing(
     missing(monkeypatch, library)
     for name in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
         problem = get(name).available().problem
-        assert problem.startswith(f"{library}: cannot open shared object file: No such file or directory; run: pip")
+        assert problem.startswith(
+            f"{library}: cannot open shared object file: No such file or directory; run: pip"
+        )
 
 
 def test_tensorrt_is_wanted_in_the_version_that_the_wheel_was_built_with(
@@ -536,4 +553,7 @@ def test_tensorrt_is_wanted_in_the_version_that_the_wheel_was_built_with(
     assert not get("onnxruntime-cuda").available().problem
     problem = get("onnxruntime-tensorrt").available().problem
     assert problem.startswith("libnvinfer.so.10: cannot open shared object file")
-    assert 'run: pip install "tensorrt-cu13>=10,<11", the version that this onnxruntime-gpu was built with' in problem
+    assert (
+        'run: pip install "tensorrt-cu13>=10,<11", the version that this onnxruntime-gpu was built with'
+        in problem
+    )
