@@ -60,9 +60,8 @@ class Session:
                 )
         except Exception as error:  # its exceptions share no base class but Exception
             raise failure(f"onnxruntime cannot load {path}", error, one_line(error)) from error
-        if (
-            name not in self._session.get_providers()
-        ):  # a library that it needs is missing: it logs that, and no more
+        if name not in self._session.get_providers():
+            # A library that it needs is missing, which the session logs, and goes on without.
             raise BackendError(f"onnxruntime cannot load its {name}; rt doctor says what is missing")
         self._binding = self._session.io_binding()
 

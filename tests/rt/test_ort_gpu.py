@@ -114,6 +114,18 @@ def test_it_runs_between_what_comes_before_and_after_and_the_host_does_not_wait(
     np.testing.assert_array_equal(target, 4 * VALUES)
 
 
+def test_it_waits_for_what_comes_before(ort: Any, device: HostDevice, graph: Path) -> None:
+    """Seen from the session's stream, which a GPU may come to first."""
+    engine, stream = load(device, graph), device.create_stream()
+    source = device.pinned((2, 3), "float32")
+    source[...] = VALUES
+    device.upload(engine.inputs["x"], source, stream)
+    engine.enqueue(stream)
+    [(own, _)] = ort.named("run")
+    device.synchronise(own)
+    np.testing.assert_array_equal(device.view(engine.outputs["y"]), 2 * VALUES)
+
+
 def test_it_cannot_be_captured(ort: Any, device: HostDevice, graph: Path) -> None:
     engine, stream = load(device, graph), device.create_stream()
     with pytest.raises(BackendError, match="failed while running: the provider's graph while a stream is"):
@@ -213,15 +225,16 @@ def test_a_device_that_is_full(ort: Any, graph: Path) -> None:
 def test_the_session_goes_before_the_memory_that_it_is_bound_to(
     ort: Any, device: HostDevice, graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load(device, graph)
-    session, free = weakref.ref(engine._session), device.free
+    sessions, free = [], device.free
 
     def check(array: Any) -> None:
         gc.collect()
-        assert session() is None
+        assert sessions[0]() is None
         free(array)
 
     monkeypatch.setattr(device, "free", check)
+    engine = load(device, graph)
+    sessions.append(weakref.ref(engine._session))
     engine.close()
     assert device.in_use == 0
 
