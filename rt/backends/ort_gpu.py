@@ -38,7 +38,7 @@ from rt.extras import install_line
 from rt.shapes import TensorSpec
 
 _WHEEL, _CPU_WHEEL = "onnxruntime-gpu", "onnxruntime"
-# The host does not wait at the end of a run. Before 1.27 it does, at each launch of the provider's graph.
+# The host does not wait at the end of a run; releases from before this change do, at each launch of a graph.
 # https://github.com/microsoft/onnxruntime/pull/28686
 _NO_WAIT = {"disable_synchronize_execution_providers": "1"}
 
@@ -285,7 +285,7 @@ def _cuda_options(stream: Stream) -> Mapping[str, str]:
 
 
 def _tensorrt_options(stream: Stream, folder: Path) -> Mapping[str, str]:
-    """Without `trt_fp16_enable`, so that layers are computed in the graph's formats: it allows f16 for every layer."""
+    """Without `trt_fp16_enable`, which allows f16 for every layer; the network is then typed as the graph is."""
     return {
         "device_id": "0",
         "has_user_compute_stream": "1",
