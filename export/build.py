@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from rt.backends import AUTO, ON_HOST, Backend, Form, get
+from rt.backends.engine_cache import CACHE
 from rt.bundle import (
     MANIFEST,
     SCHEMA,
@@ -490,11 +491,9 @@ def _copy_licence(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _files(stage: Path) -> list[str]:
-    return [
-        str(path.relative_to(stage))
-        for path in sorted(stage.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    ]
+    """Of the bundle; what a backend compiled when the build ran its engines may be deleted."""
+    paths = [path.relative_to(stage) for path in sorted(stage.rglob("*")) if path.is_file()]
+    return [str(path) for path in paths if path.parts[0] != CACHE and not path.name.startswith(".")]
 
 
 def _record(path: Path) -> FileRecord:

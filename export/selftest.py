@@ -63,7 +63,7 @@ class Outcome:
 
     def lines(self) -> list[str]:
         """Of a table of 80 columns."""
-        head = f"{self.result:<7} {self.backend:<13} {self.dtype:<5} {self.form:<18} "
+        head = f"{self.result:<7} {self.backend:<20} {self.dtype:<5} {self.form:<18} "
         return textwrap.wrap(self.detail, _WIDTH, initial_indent=head, subsequent_indent=" " * 8)
 
 

@@ -437,6 +437,14 @@ class Pipeline:
             device, images = self.engines.place.device, self.bundle.manifest.kernels
             self.bundle.verify(image.file for image in images if image.runs_on(device.capability))
             self._kernels = KernelLibrary(device, images, self.bundle.path)
+            if not len(self._kernels):
+                logger.info(
+                    "this bundle has no kernels for a GPU, so the loop stays on the host and copies at each step; "
+                    "build it with --backend %s",
+                    self.engines.backend.name,
+                )
+        if not len(self._kernels):
+            return Session(self.engines, spec, profile)
         return DeviceSession(self.engines, self._kernels, spec, profile)
 
     def _profiles_of(self, size: tuple[int, int]) -> list[ShapeProfile]:

@@ -164,3 +164,15 @@ def trt(fake_tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, fake.module(name))
     return fake
+
+
+@pytest.fixture
+def gpu_ort(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`gpu_ort(device)`: a fresh `fake_onnxruntime.Fake` in the place of the library."""
+
+    def put(device: object) -> Any:
+        fake = _load("fake_onnxruntime").Fake(device)
+        monkeypatch.setitem(sys.modules, "onnxruntime", fake.module())
+        return fake
+
+    return put

@@ -80,7 +80,7 @@ BUILD_ONLY = {
 }
 BACKEND_OF = {
     "openvino": "rt.backends.openvino_cpu",
-    "onnxruntime": "rt.backends.ort_cpu",
+    "onnxruntime": "rt.backends.ort",
     "cuda": "rt.cuda.driver",
 }
 RUNS_TORCH = "rt.backends.inductor"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rt.backends.base import failure
+from rt.backends.engine_cache import user_cache
 from rt.backends.tensorrt import CLASSIC, RTX, Flavour, library, log
 from rt.cuda.probe import gpu_problem
 from rt.errors import BuildError, ConfigError
@@ -95,10 +96,9 @@ def parser_error(parser: Any) -> str:
 
 def timing_cache_file(flavour: Flavour, gpu: str) -> Path:
     """In the user's cache folder, one a version of the library and model of GPU."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     version = library(flavour).__version__
     model = re.sub(r"[^a-z0-9]+", "-", gpu.lower())
-    return root / "rt" / f"{flavour.name}-{version}-{model}.timing"
+    return user_cache() / f"{flavour.name}-{version}-{model}.timing"
 
 
 def _network_flags(trt: Any) -> int:

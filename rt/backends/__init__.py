@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rt.backends.base import Array, Availability, Backend, DeviceBackend, DeviceEngine, Engine, Form
+from rt.backends.base import Array, Availability, Backend, DeviceBackend, DeviceEngine, Engine, Form, OwnGraph
 from rt.backends.inductor import Inductor, InductorCpu
 from rt.backends.openvino_cpu import OpenVINO
 from rt.backends.ort_cpu import OnnxRuntime
+from rt.backends.ort_gpu import OnnxRuntimeCuda, OnnxRuntimeTensorRT
 from rt.backends.tensorrt import CLASSIC, RTX, TensorRT
 from rt.config import DType
 from rt.errors import BackendUnavailableError, ConfigError, nearest
@@ -24,6 +25,7 @@ __all__ = [
     "DeviceEngine",
     "Engine",
     "Form",
+    "OwnGraph",
     "arithmetic",
     "choose",
     "choose_target",
@@ -36,6 +38,8 @@ _ALL: tuple[Backend, ...] = (
     TensorRT(CLASSIC),
     TensorRT(RTX),
     Inductor(),
+    OnnxRuntimeCuda(),
+    OnnxRuntimeTensorRT(),
     OpenVINO(),
     OnnxRuntime(),
     InductorCpu(),

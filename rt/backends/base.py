@@ -68,7 +68,7 @@ class Engine(Protocol):
 
 
 class DeviceEngine(Protocol):
-    """A loaded program whose buffers are memory of a device, and keep their address for its life."""
+    """A loaded program whose buffers are memory of a device, and keep their address for its life; see `OwnGraph`."""
 
     @property
     def inputs(self) -> Mapping[str, DeviceArray]:
@@ -87,6 +87,13 @@ class DeviceEngine(Protocol):
 
     def close(self) -> None:
         """Give its memory back, once nothing that uses it is under way."""
+
+
+class OwnGraph:
+    """Base of engines of a device that launch a graph of their own, which CUDA refuses in a stream that is captured.
+
+    Neither do they allocate or wait from the second call on. Whoever captures enqueues them between graphs instead.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +183,7 @@ _OUT_OF_MEMORY = (
     "bad_alloc",  # C++
     "can't alloc",  # torch on a processor
     "allocate memory",  # ONNX Runtime
+    "alloc_failed",  # cuBLAS and cuDNN
     "out of memory",  # torch on a GPU, CUDA
     "outofmemory",  # TensorRT
 )

@@ -5,21 +5,16 @@ https://onnxruntime.ai/docs/api/python/api_summary.html
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from rt.backends.base import Array, Availability, Form, broken, buffers, failure
+from rt.backends.base import Array, Availability, Form, broken, buffers
+from rt.backends.ort import Memory, Session, imported
 from rt.config import DType
 from rt.extras import install_line
-from rt.process import Calls, library
+from rt.process import Calls
 from rt.shapes import TensorSpec
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 
 class OnnxRuntime:
@@ -35,7 +30,7 @@ class OnnxRuntime:
             except PackageNotFoundError:
                 continue
             try:
-                _import()
+                imported()
             except Exception as error:  # a missing system library, a package for another processor
                 return broken(installed, error)
             return Availability(version=installed)
@@ -65,49 +60,24 @@ class OnnxRuntime:
         threads: int,
     ) -> OnnxRuntimeEngine:
         """Create a session."""
-        onnxruntime = _import()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # fatal only: it raises what it would log
-        try:
-            with library:
-                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions share no base class but Exception
-            raise failure(f"onnxruntime cannot load {path}", error, _one_line(error)) from error
+        session = Session(path, ("CPUExecutionProvider", {}), threads=threads)
         return OnnxRuntimeEngine(session, buffers(inputs), buffers(outputs))
 
 
 class OnnxRuntimeEngine:
     """A session with its inputs and outputs bound to our arrays."""
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, inputs: dict[str, Array], outputs: dict[str, Array]
-    ) -> None:
+    def __init__(self, session: Session, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         self.inputs, self.outputs = inputs, outputs
         self._calls = Calls(self)
         self._session = session
-        self._binding = session.io_binding()
-        for bind, arrays in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        session.bind("cpu", _memory(inputs), _memory(outputs))
 
     def enqueue(self) -> None:
         """Run once."""
         with self._calls:
-            try:
-                self._session.run_with_iobinding(self._binding)
-            except Exception as error:
-                raise failure("onnxruntime failed while running", error, _one_line(error)) from error
+            self._session.run()
 
 
-def _import() -> Any:
-    """The library, without its usage statistics: they use the network, and their threads keep a forked child alive.
-
-    https://github.com/microsoft/onnxruntime/blob/main/docs/Privacy.md
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    return import_module("onnxruntime")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _memory(arrays: dict[str, Array]) -> dict[str, Memory]:
+    return {name: Memory(array.dtype.type, array.shape, array.ctypes.data) for name, array in arrays.items()}

@@ -14,6 +14,7 @@ import click
 import rt
 from rt.backends import BACKENDS, Backend, DeviceBackend
 from rt.backends.native import BUILD, gpu_images, kernels
+from rt.backends.ort_gpu import wheels_problem
 from rt.config import BuildConfig, DType
 from rt.errors import BackendError
 from rt.extras import install_line, needs, packages
@@ -80,6 +81,7 @@ def _report() -> dict[str, Any]:
             }
             for name, backend in BACKENDS.items()
         },
+        "conflict": wheels_problem(),
         "kernels": {"instruction_set": kernels().instruction_set, "problem": kernels().problem},
         "gpu_kernels": gpu_images(),
         "extras": {
@@ -107,6 +109,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines += [f"           {dtype}: {how}" for dtype, how in engine["computes"].items()]
         if engine["build_problem"]:
             lines.append(f"           rt build: {engine['build_problem']}")
+    if report["conflict"]:
+        lines.append(f"problem  {report['conflict']}")
     native = report["kernels"]
     if native["problem"]:
         lines.append(f"unused   native kernels: {native['problem']}")

@@ -193,6 +193,9 @@ class Device(Protocol):
     def wait(self, event: Event) -> None:
         """Block the host until the device has reached the marker; it goes on with what comes after it."""
 
+    def follow(self, stream: Stream, event: Event) -> None:
+        """Let what is enqueued in `stream` from now on wait for where the marker is now; the host goes on."""
+
     def synchronise(self, stream: Stream) -> None:
         """Block the host until the stream is empty. An error of work in it shows here at the latest."""
 

@@ -150,6 +150,10 @@ class CudaDevice:
         """See `Device`."""
         self._call("cuEventSynchronize", event)
 
+    def follow(self, stream: Stream, event: Event) -> None:
+        """See `Device`."""
+        self._call("cuStreamWaitEvent", stream, event, 0)
+
     def synchronise(self, stream: Stream) -> None:
         """See `Device`."""
         self._call("cuStreamSynchronize", stream)

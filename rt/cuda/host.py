@@ -55,6 +55,11 @@ class _Marker:
     def reach(self) -> None:
         self.reached = True
 
+    def catch_up(self) -> None:
+        """Run what is before it."""
+        while not self.reached:
+            self.queue.pending.popleft()()
+
 
 @dataclass
 class _Queue:
@@ -246,9 +251,11 @@ class HostDevice:
         """See `Device`: runs what is before the marker, and no more."""
         self._outside_capture("wait")
         self._note("wait")
-        marker = self._events[event]
-        while not marker.reached:
-            marker.queue.pending.popleft()()
+        self._events[event].catch_up()
+
+    def follow(self, stream: Stream, event: Event) -> None:
+        """See `Device`."""
+        self._enqueue(stream, "follow", "", self._events[event].catch_up)
 
     def synchronise(self, stream: Stream) -> None:
         """See `Device`."""

@@ -24,6 +24,10 @@ class KernelLibrary:
         self._images = tuple(images)
         self._loaded: dict[str, Kernel] = {}
 
+    def __len__(self) -> int:
+        """How many there are; none in a bundle that was built for a processor."""
+        return len(self._images)
+
     def get(self, kernel: str, *, dtypes: Mapping[str, str], sizes: Mapping[str, int]) -> Kernel:
         """The kernel that was compiled for these, loaded if need be; of those that the GPU executes the newest cubin.
 

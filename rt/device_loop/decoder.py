@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from rt.backends import DeviceEngine
-from rt.cuda import Graph, capture
+from rt.cuda import Graph
 from rt.cuda.formats import Array, decode
 from rt.cuda.memory import Memory
 from rt.device_loop.kernels import LoopKernels
+from rt.device_loop.launches import recorded
 from rt.engines import Place
 from rt.model import Component
 from rt.session import check_finite
@@ -88,6 +89,6 @@ class Decoder:
         device, stream = self._place.device, self._place.stream
         if self._graph is None:
             self._engine.enqueue(stream)  # see `DeviceStep`
-            self._graph = capture(device, stream, lambda: self._engine.enqueue(stream))
+            self._graph = recorded(self._engine, self._place, lambda: self._engine.enqueue(stream))
         device.copy(self._input, self.latents[row].reshape(*self._input.shape), stream)
         self._graph.launch(stream)

@@ -1,12 +1,13 @@
-"""The captured graphs of a loop: one a program, one for each change of programs, and one for a whole run."""
+"""What a loop launches: a graph a program, one for each change of programs, and one for a whole run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 from rt.cuda import Graph, capture
 from rt.device_loop.buffers import Buffers
 from rt.device_loop.kernels import LoopKernels
+from rt.device_loop.launches import chained, recorded
 from rt.engines import Place
 from rt.plan import PlannedStep, StepProgram
 
@@ -15,7 +16,7 @@ class StepGraphs:
     """Graphs on one set of buffers, each captured when it is first needed, and kept."""
 
     def __init__(self, place: Place, buffers: Buffers, kernels: LoopKernels) -> None:
-        self._device, self._stream = place.device, place.stream
+        self._place, self._stream = place, place.stream
         self._buffers, self._kernels = buffers, kernels
         self._graphs: dict[Hashable, Graph] = {}
         self._whole: tuple[Hashable, Graph] | None = None
@@ -41,7 +42,7 @@ class StepGraphs:
             for before, step in zip([None, *steps[:-1]], steps, strict=True):
                 parts += self.of(before, step, rescaled=rescaled)
             self._forget_whole()  # before the next: there may not be room for both
-            self._whole = key, self._device.chain(parts)
+            self._whole = key, chained(self._place, parts)
         return self._whole[1]
 
     def close(self) -> None:
@@ -99,15 +100,13 @@ class StepGraphs:
             for launch in after:
                 launch.enqueue(self._stream)
 
-        return self._captured(key, work)
+        self._graphs[key] = recorded(unet.engine, self._place, work)
+        return self._graphs[key]
 
     def _take_over(self, before: StepProgram, program: StepProgram) -> Graph:
         key = before, program
         if key in self._graphs:
             return self._graphs[key]
         unet, other = self._buffers.step(program), self._buffers.step(before)
-        return self._captured(key, lambda: unet.take_over(other))
-
-    def _captured(self, key: Hashable, work: Callable[[], None]) -> Graph:
-        self._graphs[key] = capture(self._device, self._stream, work)
+        self._graphs[key] = capture(self._place.device, self._stream, lambda: unet.take_over(other))
         return self._graphs[key]

@@ -464,3 +464,10 @@ def test_a_decoder_whose_stream_leaves_fp16_is_scaled_into_it(tmp_path: Path) ->
 def test_the_tiny_model_opens(tiny_bundle: Path) -> None:
     checkpoint = open_checkpoint("synthetic:tiny")
     assert Bundle.open(tiny_bundle).manifest.config.profiles == default_profiles(checkpoint)
+
+
+def test_what_a_backend_compiled_while_the_build_ran_it_is_not_part_of_the_bundle(tmp_path: Path) -> None:
+    for name in ("cache/onnxruntime-tensorrt/unet-1/graph.engine", "engines/unet.onnx", ".hidden", "LICENSE"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert build_module._files(tmp_path) == ["LICENSE", "engines/unet.onnx"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from click.testing import CliRunner
 
 from rt.backends import BACKENDS, Backend, Form, get
 from rt.backends.base import Availability
+from rt.backends.ort_gpu import OnnxRuntimeCuda, OnnxRuntimeTensorRT
 from rt.cli.doctor import command
 from rt.config import DType
+from rt.cuda.host import HostDevice
 from rt.errors import AccuracyError, BackendError, BuildError, ConfigError
 from rt.export import selftest as module
 from rt.export.forms import Writer
@@ -35,7 +38,7 @@ def test_every_engine_that_is_here_agrees_with_torch(monkeypatch: pytest.MonkeyP
     passed = {tuple(line.split()[1:4]) for line in table if line.startswith("ok")}
     assert passed >= {("openvino", dtype, "onnx") for dtype in ("fp32", "fp16", "bf16")}
     assert passed >= {("onnxruntime", dtype, "onnx") for dtype in ("fp32", "fp16")}
-    assert "no      onnxruntime   bf16" in result.output
+    assert "no      onnxruntime          bf16" in result.output
     assert any(line.split()[1:2] == ["tensorrt"] for line in table), "it says whether it is there"
     assert all(len(line) <= 80 for line in table)
 
@@ -45,6 +48,27 @@ def outcomes(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[Outcome]:
     monkeypatch.setattr(module, "BACKENDS", {name: get(name) for name in names})
     monkeypatch.setattr(module, "FORMATS", (DType.FP32,))
     return list(selftest())
+
+
+def test_onnx_runtime_on_a_gpu_is_run(gpu_ort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in, which computes as the processor does."""
+    device = HostDevice()
+    gpu_ort(device)
+    for kind in (OnnxRuntimeCuda, OnnxRuntimeTensorRT):
+        backend = kind(lambda: device)
+        monkeypatch.setattr(backend, "available", lambda: Availability(version="1.31.1"))
+        monkeypatch.setitem(BACKENDS, backend.name, backend)
+    names = ("onnxruntime-cuda", "onnxruntime-tensorrt")
+    monkeypatch.setattr(module, "BACKENDS", {name: get(name) for name in names})
+    monkeypatch.setattr(module, "FORMATS", (DType.FP32, DType.FP16))
+    found = {(one.backend, one.dtype): (one.result, one.form) for one in selftest()}
+    assert found == {
+        ("onnxruntime-cuda", "fp32"): ("ok", "onnx"),
+        ("onnxruntime-cuda", "fp16"): ("ok", "onnx"),
+        ("onnxruntime-tensorrt", "fp32"): ("no", ""),
+        ("onnxruntime-tensorrt", "fp16"): ("ok", "onnx"),
+    }
+    assert device.in_use == 0
 
 
 def test_a_wrong_engine_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +81,8 @@ def test_a_wrong_engine_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "BACKENDS", {name: get(name) for name in ("openvino", "onnxruntime")})
     monkeypatch.setattr(module, "FORMATS", (DType.FP32,))
     result = CliRunner().invoke(command, ["--selftest"])
-    assert "FAILED  openvino      fp32  onnx               probe: far off" in result.output
-    assert "ok      onnxruntime   fp32  onnx               1.0e-07 from torch" in result.output
+    assert "FAILED  openvino             fp32  onnx               probe: far off" in result.output
+    assert "ok      onnxruntime          fp32  onnx               1.0e-07 from torch" in result.output
     assert isinstance(result.exception, BackendError) and result.exception.exit_code == 1
     assert str(result.exception) == "the self-test found faults: openvino fp32 onnx"
     result = CliRunner().invoke(command, ["--selftest", "--json"])
@@ -118,7 +142,9 @@ def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> N
     )
     [outcome] = outcomes(monkeypatch, "tensorrt")
     assert (outcome.result, outcome.failed) == ("no", False)
-    assert outcome.lines() == ["no      tensorrt                               not installed; run: pip"]
+    assert outcome.lines() == [
+        "no      tensorrt                                      not installed; run: pip"
+    ]
 
 
 def test_the_network_has_every_operator() -> None:

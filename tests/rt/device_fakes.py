@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from rt.backends import OwnGraph
 from rt.backends.views import DeviceSide, HostSide
-from rt.cuda import KernelLibrary
+from rt.cuda import KernelLibrary, Stream
 from rt.cuda.formats import Array
 from rt.cuda.host import HostDevice, Implementation
 from rt.engines import Place
@@ -88,12 +89,22 @@ def library(device: HostDevice, folder: Path) -> KernelLibrary:
     return KernelLibrary(device, images, folder)
 
 
+class OwnGraphSide(DeviceSide, OwnGraph):
+    """One that launches a graph, as far as CUDA sees."""
+
+    def enqueue(self, stream: Stream) -> None:
+        self._device._outside_capture("a graph of an engine")
+        super().enqueue(stream)
+
+
 class DeviceEngines:
     """`rt.engines.Engines` of a device, over engines of the host: `get(component, profile, guided=...)`."""
 
-    def __init__(self, get: Callable[..., Any], device: HostDevice) -> None:
+    def __init__(
+        self, get: Callable[..., Any], device: HostDevice, side: type[DeviceSide] = DeviceSide
+    ) -> None:
         self.place = Place(device, device.create_stream())
-        self._get, self._device = get, device
+        self._get, self._device, self._side = get, device, side
         self._sides: dict[Any, HostSide] = {}
 
     def get(
@@ -102,7 +113,7 @@ class DeviceEngines:
         key = component, profile, guided
         if key not in self._sides:
             engine = self._get(component, profile, guided=guided)
-            side = DeviceSide(component.value, engine, self._device)
+            side = self._side(component.value, engine, self._device)
             self._sides[key] = HostSide(side, self._device, self.place.stream)
         return self._sides[key]
 

@@ -73,6 +73,7 @@ SIGNATURES: dict[str, dict[str, type]] = {
     "cuStreamCreate": {"Flags": int},
     "cuStreamDestroy": {"hStream": HANDLE},
     "cuStreamSynchronize": {"hStream": HANDLE},
+    "cuStreamWaitEvent": {"hStream": HANDLE, "hEvent": HANDLE, "Flags": int},
     "cuMemcpyHtoDAsync": {"dstDevice": HANDLE, "srcHost": Address, "ByteCount": int, "hStream": HANDLE},
     "cuMemcpyDtoHAsync": {"dstHost": Address, "srcDevice": HANDLE, "ByteCount": int, "hStream": HANDLE},
     "cuMemcpyDtoDAsync": {"dstDevice": HANDLE, "srcDevice": HANDLE, "ByteCount": int, "hStream": HANDLE},

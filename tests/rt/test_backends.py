@@ -185,7 +185,7 @@ def test_an_unknown_backend_is_refused_with_the_nearest() -> None:
         choose("openvin", DType.FP32)
     with pytest.raises(
         ConfigError,
-        match="'coreml' does not exist; use one of auto, tensorrt, tensorrt-rtx, inductor, openvino",
+        match="'coreml' does not exist; use one of auto, tensorrt, tensorrt-rtx, inductor, onnxruntime-cuda, ",
     ):
         get("coreml")
 
@@ -331,7 +331,8 @@ def test_an_engine_that_fails_while_running_is_one_line(
             """Returns at once, as of a request that was never started."""
 
     engine = load(name, demo.manifest.engines[-1])
-    setattr(engine, "_request" if name == "openvino" else "_session", Broken())
+    holder, attribute = (engine, "_request") if name == "openvino" else (engine._session, "_session")  # type: ignore[attr-defined]
+    setattr(holder, attribute, Broken())
     with pytest.raises(BackendError, match=f"^{name} failed while running: .*went out$") as error:
         engine.enqueue()
     assert "\n" not in str(error.value)

@@ -24,7 +24,7 @@ from rt.noise import Generator
 from rt.session import Session
 from rt.trajectory import Trajectory
 
-from .device_fakes import SPECS, DeviceEngines, host_device, library
+from .device_fakes import SPECS, DeviceEngines, OwnGraphSide, host_device, library
 from .session_fakes import (
     BATCH,
     POOLED,
@@ -132,6 +132,27 @@ def test_shortcuts(make_session, rng, interval, cache, mode):
     onlooker: list[FakeEngines] = []
     assert_same(got, host(rows(), extra=onlooker.append))
     assert called == counts(onlooker[0])
+
+
+@pytest.mark.parametrize("mode", GraphMode)
+def test_engines_that_launch_a_graph_of_their_own(device, tmp_path, rng, mode):
+    """They draw the same, and the host waits as little, but for a launch a kernel."""
+    on_device: Any = DeviceEngines(FakeEngines().get, device, OwnGraphSide)
+    session = DeviceSession(on_device, library(device, tmp_path), SPEC, PROFILE, mode=mode)
+    makes = [
+        shortened(make, 6, guidance_interval=(0.2, 0.7), step_cache=2) for make in recipes(rng, guided=True)
+    ]
+    rows = lambda: [replace(row, noise=Generator(3)) for row in makes]  # noqa: E731
+    got = session.denoise(rows())
+    assert_same(got, host(rows()))
+    device.calls = []
+    session.run(rows())
+    called = names(device)
+    since = called[called.index("kernel") :]
+    assert since.count("host") >= len(makes[0].schedule) and not WAITS & set(since)
+    assert "begin_capture" not in called
+    assert len(list(session.pixels())) == len(makes)
+    session.close()
 
 
 def test_rows_that_disagree(session, rng):

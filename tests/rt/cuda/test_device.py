@@ -82,6 +82,18 @@ def test_an_event_is_waited_for_and_no_more(device, stream):
     assert device.view(y) == 0
 
 
+def test_a_stream_follows_another_up_to_where_it_was_then(device, stream):
+    x, y = device.allocate((1,), "float32"), device.allocate((1,), "float32")
+    event, other = device.create_event(), device.create_stream()
+    device.clear(x, stream)
+    device.record(event, stream)
+    device.follow(other, event)
+    device.record(event, stream)  # of which the other stream knows nothing
+    device.clear(y, stream)
+    device.synchronise(other)
+    assert device.view(x) == 0 and np.isnan(device.view(y))
+
+
 def test_a_graph_does_its_work_as_often_as_it_is_launched(device, stream, make_image):
     kernel = device.load(make_image(), b"")
     x, _ = put(device, stream, np.ones((1, 4), np.float32))

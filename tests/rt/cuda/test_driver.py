@@ -128,6 +128,13 @@ def test_events_block_rather_than_spin(gpu, driver):
     ]
 
 
+def test_a_stream_follows_another_without_the_host(gpu, driver):
+    event, stream, other = gpu.create_event(), gpu.create_stream(), gpu.create_stream()
+    gpu.record(event, stream)
+    gpu.follow(other, event)
+    assert driver.calls[-2:] == [("cuEventRecord", (event, stream)), ("cuStreamWaitEvent", (other, event, 0))]
+
+
 def test_graphs(gpu, driver):
     stream, array = gpu.create_stream(), gpu.allocate((1,), "float32")
     driver.calls.clear()
