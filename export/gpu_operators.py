@@ -125,8 +125,8 @@ def self_attention(qkv: Tensor, heads: int) -> Tensor:
 
 def library_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """cuDNN's, which reads and writes heads where they are."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    y = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+    q, k, v = (_apart(x, heads) for x in (query, key, value))
+    y: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
     return y.transpose(1, 2).flatten(2)
 
 
@@ -135,13 +135,18 @@ def product_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> 
 
     At 1024 x 1024 pixels a decoder's matrix of weights has 16384 rows, half a gigabyte.
     """
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (_apart(x, heads) for x in (query, key, value))
     q = q * q.shape[-1] ** -0.5
     parts = [
         torch.softmax(rows @ k.mT, -1, dtype=torch.float32).to(v.dtype) @ v
         for rows in q.split(_ROWS_AT_ONCE, 2)
     ]
     return torch.cat(parts, 2).transpose(1, 2).flatten(2)
+
+
+def _apart(x: Tensor, heads: int) -> Tensor:
+    """(B, L, H · d) as (B, H, L, d), without a copy."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _attention_candidates(query: Tensor, key: Tensor, value: Tensor, heads: int) -> dict[str, Operator]:
@@ -220,7 +225,8 @@ def _launch(
         for output in kernel.outputs
     ]
     config = kernel.config(case)
-    values = {key: int(evaluate(text, case.sizes)) for key, text in kernel.scalars.items()} | (scalars or {})
+    values = {key: int(evaluate(text, case.sizes)) for key, text in kernel.scalars.items()}
+    values |= scalars or {}
     run: Any = torch.library.wrap_triton(kernel.kernel)
     run[kernel.blocks(case)](
         *inputs,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -34,7 +33,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 def self_attention(qkv: Tensor, heads: int) -> Tensor:
     """Attention of the thirds of (B, L, 3 · H · d) along the last axis → (B, L, H · d)."""
-    return attention(*qkv.chunk(3, -1), heads)
+    query, key, value = qkv.chunk(3, -1)
+    return attention(query, key, value, heads)
 
 
 def query_attention(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -308,7 +308,7 @@ def translations() -> dict[Any, Any]:
 
     def to_convolution(x, weight, bias):  # type: ignore[no-untyped-def]
         if bias is None:  # kernels want one
-            bias = opset21.Constant(value=ir.tensor(np.zeros(weight.shape[0], np.float32)))
+            bias = opset21.Constant(value_floats=[0.0] * weight.shape[0])
         return rt.Convolution(x, weight, bias)
 
     return {

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -198,9 +198,10 @@ class _Guard:
 
 def _move_to(mode: FakeTensorMode) -> None:
     """What is moved to the GPU becomes fake, and `torch.export` goes on in the same mode."""
-    import torch._export.non_strict_utils as tracing
+    import torch._export.non_strict_utils
 
     to = Tensor.to
+    tensor, tracing = cast(Any, Tensor), cast(Any, torch._export.non_strict_utils)
 
     def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = [*args[:1], kwargs.get("device")]
@@ -209,8 +210,8 @@ def _move_to(mode: FakeTensorMode) -> None:
         with mode:
             return to(mode.from_tensor(tensor), *args, **kwargs)
 
-    Tensor.to = moved  # type: ignore[method-assign]
-    tracing.FakeTensorMode = lambda *_, **__: mode  # type: ignore[assignment, misc]
+    tensor.to = moved
+    tracing.FakeTensorMode = lambda *_, **__: mode
     # What has few elements is written into the code; its values were never there.
     FakeTensor.tolist = lambda tensor: torch.full(tensor.shape, 0.5).numpy().tolist()  # type: ignore[assignment, method-assign]
 
@@ -305,6 +306,7 @@ def _compile_without_running() -> None:
         wrapper.kernel_autotune_defs.splice("async_compile.wait(globals())\ndel async_compile")
         scope: dict[str, Any] = {}
         exec(wrapper.kernel_autotune_defs.getvalue(), scope)
+        kernel: Any
         for kernel in scope.values():
             if isinstance(kernel, CachingAutotuner):
                 if not kernel.compile_results:

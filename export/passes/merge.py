@@ -4,6 +4,7 @@
 - What is added to all pixels alike before a GroupNorm is added by it.
 - Two linear layers with nothing but a sum between them are one:
   W (V g + r + b) + c = [W V, W] [g; r] + (W b + c), where that is no more work.
+- A convolution is torch's again, all of it in one format.
 - A query's projection belongs to its attention, and a linear layer to the GEGLU behind it: operators that a kernel of
   ours computes at once where that is faster, see `rt.export.gpu_operators`.
 
@@ -111,6 +112,15 @@ def _geglu(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return None if bias is None else node.graph.call_function(ops.geglu_linear.default, (x, weight, bias))
 
 
+def _convolution(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """torch's own, whose bias is in the format of the rest; our kernels for a processor want it in fp32."""
+    x, weight, bias = node.args
+    call = node.graph.call_function
+    pixels = call(aten.permute.default, (x, [0, 3, 1, 2]))
+    y = call(aten.conv2d.default, (pixels, weight, bias, [1, 1], [1, 1]))
+    return call(aten.permute.default, (y, [0, 2, 3, 1]))
+
+
 def _group_norm(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """With a bias: what was added before, or zeros, so that one kernel does for both."""
     if len(node.args) > _BIAS:
@@ -155,6 +165,7 @@ def _arguments(linear: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
 
 _MATCHES: dict[object, Callable[[fx.GraphModule, fx.Node], fx.Node | None]] = {
     aten.linear.default: _composed,
+    ops.convolution.default: _convolution,
     ops.attention.default: _attention,
     ops.geglu.default: _geglu,
     ops.group_norm.default: _group_norm,
