@@ -203,6 +203,37 @@ def test_the_package_list_is_the_tree():
     assert all((folder / "__init__.py").is_file() for folder in holding)
 
 
+@pytest.fixture(scope="module")
+def tracked() -> dict[Path, str]:
+    """Every file that git keeps a version of, with the hash of its content."""
+    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--stage"]
+    try:
+        listed = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no git checkout, or there is no git")
+    entries = (entry.partition("\t") for entry in listed.split("\0") if entry)
+    return {ROOT / name: facts.split()[1] for facts, _, name in entries if os.path.lexists(ROOT / name)}
+
+
+def test_the_repository_travels(tracked):
+    """It is cloned, copied to other machines, and kept whole in every checkout: 60 MiB are its end.
+
+    History grows with each version of a file, so those of weights count once more each time they change.
+    """
+    sizes = {path.relative_to(ROOT).as_posix(): path.lstat().st_size for path in tracked}
+    largest = sorted(sizes.items(), key=lambda entry: -entry[1])[:5]
+    assert sum(sizes.values()) < 60 << 20, largest
+
+
+def test_no_large_file_is_there_twice(tracked):
+    """A folder that shares one with another has a link."""
+    paths: dict[str, list[str]] = {}
+    for path, content in tracked.items():
+        if path.lstat().st_size > 256 << 10:
+            paths.setdefault(content, []).append(str(path.relative_to(ROOT)))
+    assert [twice for twice in paths.values() if len(twice) > 1] == []
+
+
 def test_the_version_is_said_once_more_in_pyproject():
     version = re.search(r'^version = "(.+)"', pyproject(), re.M)
     assert version and version[1] == rt.__version__

@@ -86,6 +86,13 @@ def pair_pictures(demo: Pipeline, pairs: list[Any], seed: int) -> np.ndarray:
     return draw(demo, pairs, seed=seed)
 
 
+def rt(command: Command, *arguments: object) -> str:
+    """What a command prints."""
+    done = CliRunner().invoke(command, [*map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
 def right(judge: Any, scenes: list[Any], pictures: np.ndarray) -> float:
     """The part of the pictures on which all emoji are found where they should be."""
     return float(np.mean([judge(s, p).concepts_right for s, p in zip(scenes, pictures, strict=True)]))
@@ -148,23 +155,22 @@ def test_more_steps_and_modest_guidance_help(
 
 def test_four_steps_without_guidance(
     code: SimpleNamespace,
-    build_bundle: Callable[..., Path],
-    examples: Path,
+    demo_model: Path,
     demo: Pipeline,
     emoji: tuple[Any, ...],
     judge: Any,
     rng: np.random.Generator,
+    tmp_path: Path,
 ) -> None:
-    """The distilled model does better than the one that it was made from.
+    """With the distilled LoRA the model does better than without.
 
-    By 1.9 levels, with a deviation of 0.8 between sets of as many pairs as elsewhere (12 sets): three sets tell.
+    By 2.6 levels, with a deviation of 1.1 between sets of as many pairs as elsewhere (12 sets): three sets tell.
     """
     pairs = [pair for _ in range(3) for pair in code.judge.held_out(rng, emoji, PROMPTS, pairs=True)]
-    few = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 0}
-    pipe = Pipeline.from_bundle(build_bundle(examples / "emoji-ldm-lcm", batch_size=(1,)))
-    assert pipe.bundle.manifest.model.scheduler["_class_name"] == "LCMScheduler"
-    distilled = draw(pipe, pairs, **few)
-    plain = draw(demo, pairs, scheduler="lcm", **few)
+    few = {"num_inference_steps": 4, "guidance_scale": 1.0, "scheduler": "lcm", "seed": 0}
+    rt(build, demo_model, "-o", tmp_path / "lcm", "--lora", demo_model / "loras" / "lcm.safetensors")
+    distilled = draw(Pipeline.from_bundle(tmp_path / "lcm"), pairs, **few)
+    plain = draw(demo, pairs, **few)
     assert right(judge, pairs, distilled) >= 0.8
     assert distance(code, judge, pairs, distilled) < distance(code, judge, pairs, plain)
 
@@ -217,11 +223,6 @@ def test_pixel_art(
         tmp_path / "styled",
         tmp_path / "x.png",
     )
-
-    def rt(command: Command, *arguments: object) -> str:
-        done = CliRunner().invoke(command, [*map(str, arguments)])
-        assert done.exit_code == 0, done.output
-        return done.output
 
     rt(build, demo_model, "-o", bundle, "--lora", f"{lora}:0.8")
     styled = draw(Pipeline.from_bundle(bundle), singles, seed=seed)

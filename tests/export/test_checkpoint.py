@@ -29,6 +29,7 @@ REFERENCES = {
     Component.TEXT_ENCODER: (CLIPTextModel, "text_encoder"),
     Component.TEXT_ENCODER_2: (CLIPTextModelWithProjection, "text_encoder_2"),
     Component.UNET: (UNet2DConditionModel, "unet"),
+    Component.VAE_ENCODER: (AutoencoderKL, "vae"),
     Component.VAE_DECODER: (AutoencoderKL, "vae"),
 }
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -85,6 +86,18 @@ def test_demo_equals_libraries(demo: Path) -> None:
     assert checkpoint.licence == "LICENSE.md"
     assert checkpoint.tokenizer(Component.TEXT_ENCODER)("a red heart").ids.shape == (16,)
     assert "configs=" not in repr(checkpoint)
+
+
+def test_demo_s_inpainting_equals_libraries(demo: Path) -> None:
+    """Nine channels, matrices in float8, and links to what it shares with the demo model."""
+    root = demo.with_name("emoji-ldm-inpainting")
+    assert {path.name for path in root.iterdir() if not path.is_symlink()} == {"model_index.json", "unet"}
+    checkpoint = open_checkpoint(str(root))
+    assert_same_as_libraries(checkpoint, root)
+    assert checkpoint.spec.inpainting
+    stored = {tensor.dtype for tensor in checkpoint.source.headers(Component.UNET).values()}
+    assert stored == {torch.float8_e4m3fn, torch.float16}
+    assert checkpoint.licence == open_checkpoint(str(demo)).licence
 
 
 def test_spec_of_sdxl(folder: Folder, edit_json: Edit) -> None:

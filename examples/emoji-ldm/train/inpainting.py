@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import Config
@@ -22,6 +23,8 @@ from diffusion import PREVIEW_COLUMNS, Batch, DiffusionTask
 from model import SCHEDULE, Model
 from render import Renderer, grid
 from world import Scene, draw, load
+
+ENDS = ("conv_in.weight", "conv_out.weight")
 
 
 def widened(model: Model) -> Model:
@@ -84,6 +87,16 @@ class InpaintingTask(DiffusionTask):
         pipeline = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def export(self, folder: Path) -> None:
+        """In diffusers' layout: float16, and float8 (e4m3) for the U-Net's matrices but the first and the last."""
+        super().export(folder)
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        stored = {
+            name: tensor if tensor.ndim < 2 or name in ENDS else tensor.to(torch.float8_e4m3fn)
+            for name, tensor in load_file(path).items()
+        }
+        save_file(stored, path, metadata={"format": "pt"})
 
     def preview(self, path: Path) -> None:
         """Scenes that were not trained on, with their holes above and filled below."""

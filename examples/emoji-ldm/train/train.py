@@ -75,7 +75,7 @@ def main() -> None:
     if workers.first:
         folder = run / (args.variant or "model")
         task.export(folder)
-        if args.variant != "pixel-art":
+        if args.variant in (None, "inpainting"):  # the others are additions to the model
             complete(folder, run, config)
         print(f"{folder}: done")
 
