@@ -74,7 +74,7 @@ def install(model: Model = H200) -> FakeTensorMode:
     _register_patterns()
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=_shapes())
     _load_guard()
-    _have_toolkit()
+    _be_built_with_cuda()
     _answer_for_cuda(model)
     _move_to(mode)
     _drive_triton(model)
@@ -116,14 +116,22 @@ def _load_guard() -> None:
         ctypes.CDLL(str(library))
 
 
-def _have_toolkit() -> None:
-    """A torch without CUDA does not look for the toolkit, and has no library to link with: an empty one will do."""
-    if torch.version.cuda is None:
-        from torch.utils import cpp_extension
-
-        torch.version.cuda = "13.0"
-        cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+def _be_built_with_cuda() -> None:
+    """What a torch without CUDA lacks: a version of it, libraries to link with, and cuDNN's choice of layouts."""
+    torch.version.cuda = torch.version.cuda or "13.0"
     _stub_libraries("torch_cuda", "cuda")
+    library: Any = torch._C
+    library._conv_determine_backend_memory_format = _layout
+
+
+def _layout(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    """Of what a convolution gives: channels last where an operand is."""
+    last = torch.channels_last
+    either = any(
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
+        for tensor in (x, weight)
+    )
+    return last if either else torch.contiguous_format
 
 
 def _stub_libraries(*names: str) -> None:
@@ -208,7 +216,7 @@ def _move_to(mode: FakeTensorMode) -> None:
         if isinstance(tensor, FakeTensor) or not any(_is_gpu(place) for place in given):
             return to(tensor, *args, **kwargs)
         with mode:
-            return to(mode.from_tensor(tensor), *args, **kwargs)
+            return to(mode.from_tensor(tensor, static_shapes=True), *args, **kwargs)
 
     tensor.to = moved
     tracing.FakeTensorMode = lambda *_, **__: mode
@@ -295,6 +303,7 @@ def _compile_without_running() -> None:
     config.use_static_cuda_launcher = False
     config.compile_threads = 1  # its workers would see no GPU
     config.shape_padding = False  # decided by timing
+    config.joint_graph_constant_folding = False  # would compute on the GPU
     tuner: Any = CachingAutotuner
     precompile = tuner.precompile
 
@@ -306,9 +315,8 @@ def _compile_without_running() -> None:
         wrapper.kernel_autotune_defs.splice("async_compile.wait(globals())\ndel async_compile")
         scope: dict[str, Any] = {}
         exec(wrapper.kernel_autotune_defs.getvalue(), scope)
-        kernel: Any
         for kernel in scope.values():
-            if isinstance(kernel, CachingAutotuner):
+            if isinstance(kernel, tuner):
                 if not kernel.compile_results:
                     kernel.precompile()
                 kernel._make_launchers()

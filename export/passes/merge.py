@@ -29,16 +29,19 @@ _BIAS = 6
 
 
 def merge(module: fx.GraphModule) -> fx.GraphModule:
-    """The same function; the graph is changed in place."""
-    for node in list(module.graph.nodes):
+    """The same function in a graph of its own, whose weights are those of `module`, whatever else has its graph."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    module = fx.GraphModule(module, graph)
+    for node in list(graph.nodes):
         match = _MATCHES.get(node.target)
         if match is not None:
-            with module.graph.inserting_before(node):
+            with graph.inserting_before(node):
                 merged = match(module, node)
             if merged is not None:
                 merged.meta["val"] = value(node)
                 node.replace_all_uses_with(merged)
-    return module_of(module, module.graph)
+    return module_of(module, graph)
 
 
 def _attention(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
