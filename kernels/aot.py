@@ -66,6 +66,7 @@ def compile_case(spec: KernelSpec, case: Case, capability: int) -> Compiled:
         ConfigError: For a capability that we do not compile for.
         BuildError: When the kernel needs scratch memory or cannot be assembled.
     """
+    spec = spec.on(capability)
     if capability not in CAPABILITIES:
         raise ConfigError(f"no kernels for compute capability {capability}; valid: {[*CAPABILITIES]}")
     config, constants = spec.config(case), spec.constants(case)
@@ -116,6 +117,7 @@ def compile_case(spec: KernelSpec, case: Case, capability: int) -> Compiled:
 
 def image_name(spec: KernelSpec, case: Case, capability: int) -> str:
     """`group_norm-float16-channels320-groups32-eps1e-05-siluTrue-BLOCK256-WIDTH16-8warps-sm90`."""
+    spec = spec.on(capability)
     config = spec.config(case)
     constants = [f"{name}{value}" for name, value in spec.constants(case).items()]
     return "-".join([spec.name, case.dtype, *constants, f"{config.warps}warps", f"sm{capability}"])

@@ -23,6 +23,7 @@ NAMES = (
     "guide_and_step",
     "layer_norm",
     "philox",
+    "query_attention",
     "select_rows",
     "to_pixels",
 )

@@ -41,7 +41,7 @@ def fits(spec: KernelSpec, image: KernelImage, spill_bytes: int) -> None:
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_a_kernel_compiles_within_its_budget(name, capability):
-    spec, case = registry.spec(name), first_workload(name)
+    spec, case = registry.spec(name).on(capability), first_workload(name)
     found = compiled(name, capability)
     image = found.image
     fits(spec, image, found.spill_bytes)
@@ -70,15 +70,15 @@ def test_a_kernel_compiles_within_its_budget(name, capability):
 
 
 def images(name: str) -> dict[str, Case]:
-    """Every different image that the cases and workloads of a kernel need, but for the architecture."""
-    spec = registry.spec(name)
+    """Every different image that the cases and workloads of a kernel need on an H100."""
+    spec = registry.spec(name).on(90)
     return {aot.image_name(spec, case, 90): case for case in (*spec.cases, *spec.workloads.values())}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_every_case_fits_an_h100(name):
-    spec = registry.spec(name)
+    spec = registry.spec(name).on(90)
     for case in images(name).values():
         found = aot.compile_case(spec, case, 90)
         fits(spec, found.image, found.spill_bytes)
@@ -110,6 +110,28 @@ def test_half_precision_moves_16_bytes_at_a_time(name, loads, stores):
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= loads
     assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == stores
     assert not re.search(r"(ld|st)\.global\.[bu]16", ptx)
+
+
+@pytest.mark.parametrize(
+    ("workload", "capability", "features"),
+    [("sdxl 1024x1280", 90, 128), ("sdxl 4096x640", 90, 64), ("sd15 256x1280", 90, 64), ("sdxl 1024x1280", 80, 64)],
+)
+def test_a_hopper_has_tiles_of_its_own_where_they_pay(workload, capability, features):
+    spec = registry.spec("geglu_linear")
+    name = aot.image_name(spec, spec.workloads[workload], capability)
+    assert f"-FEATURES{features}-" in name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workload", "columns", "resident"), [("sdxl 1024x1280", 256, 1), ("sdxl 4096x640", 128, 2)])
+def test_both_halves_of_geglu_are_one_product(workload, columns, resident):
+    """An instruction of 64 by `columns` runs while the next are loaded, and so many programs fit a processor."""
+    spec = registry.spec("geglu_linear")
+    found = aot.compile_case(spec, spec.workloads[workload], 90)
+    assert {*re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)", found.ptx)} == {f"m64n{columns}k16"}
+    assert "wgmma.wait_group.sync.aligned 1" in found.ptx
+    registers = -(-found.image.registers // 8) * 8 * found.image.threads
+    assert 65536 // registers == 228 * 1024 // (found.image.shared_bytes + 1024) == resident
 
 
 def test_a_capability_without_kernels():
