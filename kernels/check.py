@@ -44,7 +44,7 @@ def forms(spec: KernelSpec, where: str) -> tuple[KernelSpec, ...]:
 
     if where == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        return (spec.on(10 * major + minor),)
+        return () if spec.descriptors and major < 9 else (spec.on(10 * major + minor),)
     return (spec,) if spec.hopper is None else (spec, spec.hopper)
 
 
@@ -81,7 +81,7 @@ def command(kernels: tuple[str, ...], seed: int | None, as_json: bool) -> None:
     """Hold KERNELS, all if none is named, to their references."""
     try:
         where = device()
-        chosen = [registry.spec(name) for name in kernels or registry.NAMES]
+        chosen = [registry.spec(name) for name in kernels or (*registry.NAMES, *registry.DESCRIBED)]
     except RtError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

@@ -114,7 +114,12 @@ def test_half_precision_moves_16_bytes_at_a_time(name, loads, stores):
 
 @pytest.mark.parametrize(
     ("workload", "capability", "features"),
-    [("sdxl 1024x1280", 90, 128), ("sdxl 4096x640", 90, 64), ("sd15 256x1280", 90, 64), ("sdxl 1024x1280", 80, 64)],
+    [
+        ("sdxl 1024x1280", 90, 128),
+        ("sdxl 4096x640", 90, 64),
+        ("sd15 256x1280", 90, 64),
+        ("sdxl 1024x1280", 80, 64),
+    ],
 )
 def test_a_hopper_has_tiles_of_its_own_where_they_pay(workload, capability, features):
     spec = registry.spec("geglu_linear")
@@ -123,7 +128,9 @@ def test_a_hopper_has_tiles_of_its_own_where_they_pay(workload, capability, feat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workload", "columns", "resident"), [("sdxl 1024x1280", 256, 1), ("sdxl 4096x640", 128, 2)])
+@pytest.mark.parametrize(
+    ("workload", "columns", "resident"), [("sdxl 1024x1280", 256, 1), ("sdxl 4096x640", 128, 2)]
+)
 def test_both_halves_of_geglu_are_one_product(workload, columns, resident):
     """An instruction of 64 by `columns` runs while the next are loaded, and so many programs fit a processor."""
     spec = registry.spec("geglu_linear")
@@ -132,6 +139,41 @@ def test_both_halves_of_geglu_are_one_product(workload, columns, resident):
     assert "wgmma.wait_group.sync.aligned 1" in found.ptx
     registers = -(-found.image.registers // 8) * 8 * found.image.threads
     assert 65536 // registers == 228 * 1024 // (found.image.shared_bytes + 1024) == resident
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workload", "columns", "resident"), [("sdxl 1024x1280", 256, 1), ("sdxl 4096x640", 128, 2)]
+)
+def test_tiles_are_fetched_by_the_memory_accelerator(workload, columns, resident):
+    """No address is computed in a thread, nothing needs scratch memory, and stores go out while the loop goes on."""
+    spec = registry.spec("geglu_linear_tma")
+    found = aot.translate(spec, spec.workloads[workload], 90)
+    ptx, metadata = found.asm["ptx"], found.metadata
+    _, registers, spill_bytes = aot.assemble(ptx)
+    assert (
+        spill_bytes == 0
+        and registers <= spec.budget.registers
+        and metadata.shared <= spec.budget.shared_bytes
+    )
+    assert not metadata.global_scratch_size
+    # Inductor makes descriptors from the blocks alone and swizzles 128 bytes, which is 3 here.
+    case = spec.workloads[workload]
+    made = [(one["block_size"], one["swizzle"], one["elem_size"]) for one in metadata.tensordesc_meta]
+    assert made == [(spec.block(name, case), 3, 2) for name in ("x", "weight", "y")]
+    assert {*re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)", ptx)} == {f"m64n{columns}k16"}
+    assert {*re.findall(r"cp\.async\.bulk\.tensor\.(\dd)\.shared", ptx)} == {"2d", "3d"}
+    assert re.search(r"cp\.async\.bulk\.tensor\.2d\.global", ptx) and "cp.async.cg" not in ptx
+    held = -(-registers // 8) * 8 * 32 * metadata.num_warps
+    assert 65536 // held == 228 * 1024 // (metadata.shared + 1024) == resident
+
+
+def test_descriptors_are_for_inductor():
+    spec = registry.spec("geglu_linear_tma")
+    with pytest.raises(
+        BuildError, match="geglu_linear_tma takes descriptors, which no launcher of ours makes"
+    ):
+        aot.compile_case(spec, spec.cases[0], 90)
 
 
 def test_a_capability_without_kernels():

@@ -31,7 +31,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", registry.NAMES)
+@pytest.mark.parametrize("name", (*registry.NAMES, *registry.DESCRIBED))
 def test_a_kernel_is_its_reference(name: str, records: list[dict[str, Any]]):
     own = [record for record in records if record["kernel"] == name]
     assert [record["case"] for record in own] == [
