@@ -8,10 +8,9 @@ It is a linear layer without bias and `attention`, one after the other: products
 rounded to T between them, all else is in fp32. Keys of a text do not depend on the step and are inputs.
 
 A program first multiplies its rows of x with the rows of W that belong to its heads, then goes through the keys as
-`attention` does. Programs of other heads read the same rows of x again, from L2: x is at most 10 MB. The tensor cores
-of a Hopper read both factors from shared memory, and 128 columns of W at a time let them work where 64 leave them
-waiting; so two heads of up to 64 columns, each in a tile of 64, are one product. Wider heads are taken apart as in
-`attention`.
+`attention` does. Programs of other heads read the same rows of x again, from L2, and by that alone, at 5.5 TB/s, the product is held to
+350 TFLOP/s. What is saved is a launch and writing and reading the queries: by estimate that is about even, so this is
+for builds that measure. It has not been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ def _attend(
     WIDE: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    STAGES_S: tl.constexpr,
 ):
     """One head of the rows of a program, from its queries to memory."""
     scale: tl.constexpr = LOG2_E / width**0.5
@@ -59,7 +57,7 @@ def _attend(
     largest = tl.full(row.shape, float("-inf"), tl.float32)
     total = tl.zeros(row.shape, tl.float32)
     y_wide, y_narrow = tl.zeros(q_wide.shape, tl.float32), tl.zeros(q_narrow.shape, tl.float32)
-    for start in tl.range(0, keys, BLOCK_S, num_stages=STAGES_S):
+    for start in tl.range(0, keys, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         k_wide = _load(key, s, wide, stride, keys, width, True, wide_padded)
         v_wide = _load(value, s, wide, stride, keys, width, True, wide_padded)
@@ -104,7 +102,6 @@ def query_attention(
     BLOCK_L: tl.constexpr,  # rows of a program
     BLOCK_C: tl.constexpr,  # columns of x at a time
     BLOCK_S: tl.constexpr,  # keys at a time
-    STAGES_S: tl.constexpr,  # and how many times ahead they are loaded
 ):
     """In Triton: a program for `BLOCK_L` rows of `HEADS` heads."""
     stride: tl.constexpr = heads * width
@@ -146,25 +143,18 @@ def query_attention(
     q_wide, q_narrow = q_wide.to(x.dtype.element_ty), q_narrow.to(x.dtype.element_ty)
     if HEADS == 2:
         first, second = q_wide.reshape(BLOCK_L, 2, WIDE).permute(0, 2, 1).split()
-        _attend(
-            first, q_narrow, key, value, keys, row, inside, stride, width, WIDE, NARROW, BLOCK_S, STAGES_S
-        )
+        _attend(first, q_narrow, key, value, keys, row, inside, stride, width, WIDE, NARROW, BLOCK_S)
         key, value, row = key + width, value + width, row + width
-        _attend(
-            second, q_narrow, key, value, keys, row, inside, stride, width, WIDE, NARROW, BLOCK_S, STAGES_S
-        )
+        _attend(second, q_narrow, key, value, keys, row, inside, stride, width, WIDE, NARROW, BLOCK_S)
     else:
-        _attend(
-            q_wide, q_narrow, key, value, keys, row, inside, stride, width, WIDE, NARROW, BLOCK_S, STAGES_S
-        )
+        _attend(q_wide, q_narrow, key, value, keys, row, inside, stride, width, WIDE, NARROW, BLOCK_S)
 
 
 def config(case: Case) -> Config:
-    """All fit the 99 KB of shared memory that consumer GPUs have.
+    """All fit the 99 KB of shared memory that consumer GPUs have, and two programs of 128 rows a Hopper's processor.
 
-    Half as many rows where the head is wide or the programs would be fewer than the processors. Two heads of 40 columns
-    and 128 rows leave room for a second program on a Hopper's processor, by 128 registers, if no key is loaded ahead:
-    each program then works while the other waits.
+    Half as many rows where the head is wide or the programs would be fewer than the processors. A text of 77 tokens is
+    five tiles of 16 keys; larger ones would pad more, and need more than the 128 registers that let a second one in.
     """
     size, heads = case.sizes, int(case.attributes["heads"])
     width = size["width"]
@@ -178,10 +168,9 @@ def config(case: Case) -> Config:
         "NARROW": narrow,
         "BLOCK_L": rows,
         "BLOCK_C": 64,
-        "BLOCK_S": 32,
+        "BLOCK_S": 16,
     }
-    ahead = {"STAGES_S": 1 if rows == 128 and width < wide else 3}
-    return Config(constants={**constants, **ahead}, warps=rows // 16, stages=3)
+    return Config(constants=constants, warps=rows // 16, stages=3)
 
 
 def separate(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
@@ -257,7 +246,7 @@ SPEC = KernelSpec(
         **{f"sdxl {name}": one for name, one in levels(128, attention.XL).items()},
     },
     flops=flops,
-    tolerance={"float16": 2e-3, "bfloat16": 1.6e-2},
+    tolerance={"float16": 2e-3, "bfloat16": 3e-2},  # queries are rounded, too
     budget=Budget(registers=200, shared_bytes=98304),
     examples={"weight": small_weights},
     alternatives={"linear and attention": separate},
