@@ -36,7 +36,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
 
 @triton.jit
 def _gelu(x):
-    """GELU to 10⁻⁶: the end of a tile is 28 instructions a value, 39 with `tl.erf`, while tensor cores may have to wait.
+    """GELU to 10⁻⁶: the end of a tile is 28 instructions a value, 39 with `tl.erf`, while tensor cores may rest.
 
     erfc(z) = 1 / (1 + a₁ z + … + a₆ z⁶)¹⁶ to 3 · 10⁻⁷: Abramowitz and Stegun, 7.1.28; here z = |x| / √2.
     """

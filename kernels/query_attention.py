@@ -8,7 +8,11 @@ It is a linear layer without bias and `attention`, one after the other: products
 rounded to T between them, all else is in fp32. Keys of a text do not depend on the step and are inputs.
 
 A program first multiplies its rows of x with the rows of W that belong to its heads, then goes through the keys as
-`attention` does. Programs of other heads read the same rows of x again, from L2, and by that alone, at 5.5 TB/s, the product is held to
+`attention` does. The tensor cores of a Hopper read both factors from shared memory, and 128 columns of W at a time let
+them work where 64 leave them waiting; so two heads of up to 64 columns, each in a tile of 64, are one product. Wider
+heads are taken apart as in `attention`.
+
+Programs of other heads read the same rows of x again, from L2, and by that alone, at 5.5 TB/s, the product is held to
 350 TFLOP/s. What is saved is a launch and writing and reading the queries: by estimate that is about even, so this is
 for builds that measure. It has not been timed on a GPU.
 """
