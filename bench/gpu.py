@@ -24,6 +24,7 @@ rt.bench.tables` puts the figures into `docs/benchmarks.md`, and `python -m rt.b
 
 from __future__ import annotations
 
+import json
 import secrets
 import sys
 from collections.abc import Sequence
@@ -154,8 +155,8 @@ def _prepare(folder: Path) -> None:
     """What a GPU's first minutes are too good for."""
     from rt.bench.stand_in_gpu.packages import prepare
 
-    for line in prepare(folder, PREPARED):
-        click.echo(line)
+    for described in prepare(folder, PREPARED):
+        click.echo(json.dumps(described))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import (
+    create_tma_stable_metadata,
+    kernel_side_table,
+    triton_kernel_wrapper_mutation,
+)
 
 from rt.export.candidates import Choose
 from rt.export.operators import E4M3, REFERENCES, ops
@@ -24,8 +30,9 @@ from rt.kernels.registry import spec
 from rt.kernels.spec import Case
 
 Operator = Callable[..., Tensor]
-OURS, LIBRARY, PRODUCTS, APART = "ours", "cudnn", "products", "apart"
+OURS, TMA, LIBRARY, PRODUCTS, APART = "ours", "ours with TMA", "cudnn", "products", "apart"
 """Names of candidates: a kernel of ours, cuDNN's, products with what is between them, several operators."""
+_HOPPER = (9, 0)
 _ROWS_AT_ONCE = 4096
 _ONE_LAUNCH = 256
 """Up to so many pixels a GroupNorm is one launch: there are too few groups to fill a GPU with longer ones."""
@@ -181,18 +188,77 @@ def _has_library(x: Tensor, width: int) -> bool:
     )
 
 
+def query_attention(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """See `rt.export.operators`; our kernel."""
+    sizes = {
+        "batch": x.shape[0],
+        "queries": x.shape[1],
+        "keys": key.shape[1],
+        "inner": x.shape[2],
+        "width": weight.shape[0] // heads,
+    }
+    operands = tuple(tensor.contiguous() for tensor in (x, weight, key, value))
+    [y] = _launch("query_attention", _case(x, sizes, {"heads": heads}), operands)
+    return y
+
+
+def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `rt.export.operators`; our kernel."""
+    rows = x.contiguous().flatten(0, -2)
+    [y] = _launch("geglu_linear", _geglu_case(rows, weight), (rows, weight.contiguous(), bias.contiguous()))
+    return y.view(*x.shape[:-1], -1)
+
+
+def described_geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same by the tensor memory accelerator: an operator that takes descriptors is one of torch's own making."""
+    rows = x.contiguous().flatten(0, -2)
+    case = _geglu_case(rows, weight)
+    kernel = spec("geglu_linear_tma")
+    config, y = kernel.config(case), x.new_empty(len(rows), weight.shape[0] // 2)
+    halves = weight.contiguous().view(2, -1, weight.shape[1])
+    # Warps of a kernel that is called so are those of an autotuner's configuration.
+    tuned = triton.autotune([triton.Config({}, num_warps=config.warps, num_stages=config.stages)], key=[])
+    triton_kernel_wrapper_mutation(
+        kernel_idx=kernel_side_table.add_kernel(tuned(kernel.kernel)),
+        constant_args_idx=kernel_side_table.add_constant_args({"rows": len(rows), **kernel.constants(case)}),
+        grid=[(*kernel.blocks(case), 1, 1)],
+        tma_descriptor_metadata={
+            name: create_tma_stable_metadata(kernel.block(name, case)) for name in kernel.descriptors
+        },
+        kwargs={"x": rows, "weight": halves, "bias": bias.contiguous(), "y": y},
+    )
+    return y.view(*x.shape[:-1], -1)
+
+
+def _geglu_case(rows: Tensor, weight: Tensor) -> Case:
+    sizes = {"rows": len(rows), "inner": weight.shape[1], "features": weight.shape[0] // 2}
+    return _case(rows, sizes, {})
+
+
 def _query_attention_candidates(
     x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int
 ) -> dict[str, Operator]:
-    def apart(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-        query = F.linear(x, weight)
-        return next(iter(_attention_candidates(query, key, value, heads).values()))(query, key, value, heads)
+    query = F.linear(x, weight)
+    attentions = _attention_candidates(query, key, value, heads)
 
-    return {APART: apart}
+    def apart(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        return next(iter(attentions.values()))(F.linear(x, weight), key, value, heads)
+
+    fused = {OURS: _registered("query_attention", query_attention)} if _is_half(x) else {}
+    return {APART: apart, **fused}
 
 
 def _geglu_linear_candidates(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Operator]:
-    return {APART: REFERENCES[ops.geglu_linear.default]}
+    found = {APART: REFERENCES[ops.geglu_linear.default]}
+    if _is_half(x):
+        found[OURS] = _registered("geglu_linear", geglu_linear)
+        if torch.cuda.get_device_capability() == _HOPPER and weight.shape[1] % 8 == weight.shape[0] % 16 == 0:
+            found[TMA] = _registered("geglu_linear_tma", described_geglu_linear)
+    return found
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 _CANDIDATES: Mapping[Any, Callable[..., dict[str, Operator]]] = {
@@ -219,7 +285,8 @@ def _launch(
     name: str, case: Case, inputs: tuple[Tensor, ...], scalars: Mapping[str, int] | None = None
 ) -> list[Tensor]:
     """Our kernel on contiguous tensors; `scalars` in place of what the spec says of them."""
-    kernel = spec(name)
+    major, minor = torch.cuda.get_device_capability()
+    kernel = spec(name).on(10 * major + minor)
     results = [
         inputs[0].new_empty(kernel.extent(output, case), dtype=getattr(torch, kernel.dtype(output, case)))
         for output in kernel.outputs

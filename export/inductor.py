@@ -36,7 +36,7 @@ from rt.backends.inductor import ABOUT, About, Inductor, InductorCpu, Weight
 from rt.config import DType
 from rt.errors import ConfigError
 from rt.export import toolchain
-from rt.export.candidates import Fastest, first
+from rt.export.candidates import Choose, Fastest, first
 from rt.export.forms import Request, Writer
 from rt.export.lower import WeightFile
 from rt.export.operators import REFERENCES
@@ -121,6 +121,7 @@ def compile_for(
         module,
         file=weights.path.name,
         place=lambda tensor: weights.place(_bytes(tensor)),
+        choose=Fastest() if request.config.max_autotune else first,
         max_autotune=request.config.max_autotune,
     )
     weights.flush()
@@ -135,7 +136,8 @@ def write_package(
     *,
     file: str,
     place: Callable[[Tensor], int],
-    max_autotune: bool,
+    choose: Choose = first,
+    max_autotune: bool = False,
 ) -> None:
     """See `compile_for`.
 
@@ -146,6 +148,7 @@ def write_package(
         module: What computes it.
         file: The name of the component's weights, beside the package.
         place: A tensor of `module` to its offset there.
+        choose: Which of several kernels for the GPU is taken.
         max_autotune: Whether products are timed in every way that inductor knows.
     """
     inputs = {name: value.to(device) for name, value in program.inputs.items()}
@@ -153,7 +156,7 @@ def write_package(
         torch.no_grad(),
         _quiet(),
         _exact(),
-        _Operators(REFERENCES if device == "cpu" else {**REFERENCES, **_gpu_operators(max_autotune)}),
+        _Operators(REFERENCES if device == "cpu" else {**REFERENCES, **_gpu_operators(choose)}),
     ):
         exported = torch.export.export(_copy(module, device), (), inputs, strict=False)
         compiled = exported.module(check_guards=False)
@@ -171,10 +174,10 @@ def write_package(
             _package(path, [Path(str(file)) for file in files], about, folder)
 
 
-def _gpu_operators(max_autotune: bool) -> Mapping[Any, Callable[..., Tensor]]:
+def _gpu_operators(choose: Choose) -> Mapping[Any, Callable[..., Tensor]]:
     from rt.export.gpu_operators import gpu_operators  # needs Triton, which a processor does without
 
-    return gpu_operators(Fastest() if max_autotune else first)
+    return gpu_operators(choose)
 
 
 def _copy(module: nn.Module, device: str) -> nn.Module:

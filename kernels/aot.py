@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rt.errors import BuildError, ConfigError
 from rt.extras import needs
@@ -59,21 +60,29 @@ class Compiled:
     spill_bytes: int
 
 
-def compile_case(spec: KernelSpec, case: Case, capability: int) -> Compiled:
-    """`case` for GPUs of `capability`.
+def translate(spec: KernelSpec, case: Case, capability: int) -> Any:
+    """`case` as Triton compiles it for GPUs of `capability`: `asm["ptx"]`, `metadata`.
 
     Raises:
         ConfigError: For a capability that we do not compile for.
-        BuildError: When the kernel needs scratch memory or cannot be assembled.
     """
+    spec = spec.on(capability)
     if capability not in CAPABILITIES:
         raise ConfigError(f"no kernels for compute capability {capability}; valid: {[*CAPABILITIES]}")
     config, constants = spec.config(case), spec.constants(case)
-    pointers = {
-        argument.name: POINTERS[spec.dtype(argument, case)] for argument in (*spec.inputs, *spec.outputs)
+    arguments = (*spec.inputs, *spec.outputs)
+    pointers = {argument.name: POINTERS[spec.dtype(argument, case)] for argument in arguments}
+    described = {
+        name: f"tensordesc<{pointers.pop(name).removeprefix('*')}{spec.block(name, case)}>"
+        for name in spec.descriptors
     }
     names: list[str] = spec.kernel.arg_names
-    types = {**pointers, **dict.fromkeys(spec.scalars, "i32"), **dict.fromkeys(constants, "constexpr")}
+    types = {
+        **pointers,
+        **described,
+        **dict.fromkeys(spec.scalars, "i32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
     source = ASTSource(
         spec.kernel,
         {name: types[name] for name in names},
@@ -88,11 +97,27 @@ def compile_case(spec: KernelSpec, case: Case, capability: int) -> Compiled:
     }
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True  # which says in what folder the sources lay
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    metadata = compiled.metadata
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_case(spec: KernelSpec, case: Case, capability: int) -> Compiled:
+    """`case` for GPUs of `capability`.
+
+    Raises:
+        ConfigError: For a capability that we do not compile for.
+        BuildError: When the kernel takes descriptors, needs scratch memory or cannot be assembled.
+    """
+    spec = spec.on(capability)
+    if spec.descriptors:
+        raise BuildError(
+            f"{spec.name} takes descriptors, which no launcher of ours makes; it is for inductor"
+        )
+    compiled = translate(spec, case, capability)
+    metadata, constants = compiled.metadata, spec.constants(case)
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise BuildError(f"{spec.name} for {case} needs scratch memory, which no launcher of ours provides")
-    ptx = portable(strip_scratch(compiled.asm["ptx"], declared=len(pointers) + len(spec.scalars)), capability)
+    declared = len(spec.inputs) + len(spec.scalars) + len(spec.outputs)
+    ptx = portable(strip_scratch(compiled.asm["ptx"], declared=declared), capability)
     cubin, registers, spill_bytes = assemble(ptx)
     name = image_name(spec, case, capability)
     image = KernelImage(
@@ -116,6 +141,7 @@ def compile_case(spec: KernelSpec, case: Case, capability: int) -> Compiled:
 
 def image_name(spec: KernelSpec, case: Case, capability: int) -> str:
     """`group_norm-float16-channels320-groups32-eps1e-05-siluTrue-BLOCK256-WIDTH16-8warps-sm90`."""
+    spec = spec.on(capability)
     config = spec.config(case)
     constants = [f"{name}{value}" for name, value in spec.constants(case).items()]
     return "-".join([spec.name, case.dtype, *constants, f"{config.warps}warps", f"sm{capability}"])

@@ -38,6 +38,16 @@ def device() -> str:
     raise BackendUnavailableError("no NVIDIA GPU here; set TRITON_INTERPRET=1 to run the kernels on the CPU")
 
 
+def forms(spec: KernelSpec, where: str) -> tuple[KernelSpec, ...]:
+    """What of `spec` is held to the reference there: on a GPU what is compiled for it, in the interpreter all."""
+    import torch
+
+    if where == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return () if spec.descriptors and major < 9 else (spec.on(10 * major + minor),)
+    return (spec,) if spec.hopper is None else (spec, spec.hopper)
+
+
 def check(spec: KernelSpec, seed: int, where: str) -> Iterator[dict[str, Any]]:
     """A record a case; a case that raises has failed, and the rest still run."""
     from rt.kernels.launch import try_case
@@ -71,19 +81,20 @@ def command(kernels: tuple[str, ...], seed: int | None, as_json: bool) -> None:
     """Hold KERNELS, all if none is named, to their references."""
     try:
         where = device()
-        chosen = [registry.spec(name) for name in kernels or registry.NAMES]
+        chosen = [registry.spec(name) for name in kernels or (*registry.NAMES, *registry.DESCRIBED)]
     except RtError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     seed = secrets.randbits(31) if seed is None else seed
     click.echo(f"seed {seed} on {where}", err=True)
     failed = 0
-    for spec in chosen:
+    held = [form for spec in chosen for form in forms(spec, where)]
+    for spec in held:
         for record in check(spec, seed, where):
             click.echo(json.dumps(record) if as_json else line(record))
             failed += not record["passed"]
     if failed:
-        click.echo(f"error: {failed} of {sum(len(spec.cases) for spec in chosen)} cases failed", err=True)
+        click.echo(f"error: {failed} of {sum(len(spec.cases) for spec in held)} cases failed", err=True)
         sys.exit(1)
 
 

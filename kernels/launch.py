@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rt.errors import ConfigError
 from rt.expression import evaluate
@@ -45,14 +47,21 @@ class Outcome:
 
 
 def run(spec: KernelSpec, case: Case, tensors: Mapping[str, Tensor]) -> None:
-    """Launch `case` on `tensors`, all inputs and outputs by name; returns before a GPU has finished."""
+    """Launch `case` on `tensors`, all inputs and outputs by name; returns before a GPU has finished.
+
+    A GPU runs what is compiled for it, the interpreter the spec as it is.
+    """
     if knobs.runtime.interpret:
         widen_products()
+    if next(iter(tensors.values())).is_cuda:
+        major, minor = torch.cuda.get_device_capability()
+        spec = spec.on(10 * major + minor)
     config = spec.config(case)
     scalars = [int(evaluate(text, case.sizes)) for text in spec.scalars.values()]
-    inputs, outputs = (
-        [tensors[argument.name] for argument in group] for group in (spec.inputs, spec.outputs)
-    )
+    given: dict[str, Any] = dict(tensors)
+    for name in spec.descriptors:
+        given[name] = TensorDescriptor.from_tensor(tensors[name], spec.block(name, case))
+    inputs, outputs = ([given[argument.name] for argument in group] for group in (spec.inputs, spec.outputs))
     options = {"num_warps": config.warps, "num_stages": config.stages}
     spec.kernel[spec.blocks(case)](*inputs, *scalars, *outputs, **spec.constants(case), **options)
 

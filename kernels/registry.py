@@ -23,10 +23,13 @@ NAMES = (
     "guide_and_step",
     "layer_norm",
     "philox",
+    "query_attention",
     "select_rows",
     "self_attention",
     "to_pixels",
 )
+DESCRIBED = ("geglu_linear_tma",)
+"""Kernels that read through TMA descriptors, `KernelSpec.descriptors`: for Triton's launcher and inductor alone."""
 
 
 def spec(name: str) -> KernelSpec:
@@ -36,13 +39,14 @@ def spec(name: str) -> KernelSpec:
         ConfigError: When there is none.
         BackendUnavailableError: When Triton or torch is missing.
     """
-    if name not in NAMES:
-        raise ConfigError(f"no kernel {name!r}{nearest(name, NAMES)}; kernels: {', '.join(NAMES)}")
+    names = (*NAMES, *DESCRIBED)
+    if name not in names:
+        raise ConfigError(f"no kernel {name!r}{nearest(name, names)}; kernels: {', '.join(names)}")
     with needs("gpu", "a GPU kernel"):
         found: KernelSpec = importlib.import_module(f"rt.kernels.{name}").SPEC
     return found
 
 
 def specs() -> dict[str, KernelSpec]:
-    """All of them, by name."""
+    """Those of `NAMES`, by name."""
     return {name: spec(name) for name in NAMES}

@@ -52,7 +52,7 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The most that the compiled kernel may need, on every architecture; spills are never allowed."""
+    """The most that the compiled kernel may need, on every architecture of its spec; spills are never allowed."""
 
     registers: int
     shared_bytes: int
@@ -83,6 +83,11 @@ class KernelSpec:
         examples: Input or in-place output to how tests draw it; floats without an entry are standard normal, and
             integers must have one.
         alternatives: Name to a torch function with the reference's arguments in "T": what else a user could run.
+        hopper: The same op with the tiles, the cases that reach them and the budget of a GPU of capability 9.0, which
+            has 227 KiB of shared memory for a block and products of 64 by 256; None where they are the same.
+        descriptors: Inputs and outputs that the kernel takes as TMA descriptors, to the block that is moved at once, as
+            formulas over the constants. They are 128 bytes that CUDA's driver makes of a pointer, and neither TensorRT
+            nor our launcher passes any: such a kernel is for Triton's launcher and inductor, from capability 9.0 on.
     """
 
     name: str
@@ -103,6 +108,12 @@ class KernelSpec:
     flops: Callable[[Case], int] = lambda case: 0
     examples: Mapping[str, Callable[[Case, torch.Generator], torch.Tensor]] = field(default_factory=dict)
     alternatives: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    hopper: KernelSpec | None = None
+    descriptors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def on(self, capability: int) -> KernelSpec:
+        """As it is compiled for GPUs of `capability`."""
+        return self if self.hopper is None or capability != 90 else self.hopper
 
     @property
     def read(self) -> tuple[TensorArgument, ...]:
@@ -128,6 +139,11 @@ class KernelSpec:
         """Every compile-time argument of the kernel, by name."""
         fixed = {name: case.sizes[name] for name in self.fixed}
         return {**fixed, **case.attributes, **self.config(case).constants}
+
+    def block(self, argument: str, case: Case) -> list[int]:
+        """What the descriptor of `argument` moves at once."""
+        names = integers(self.constants(case))
+        return [int(evaluate(text, names)) for text in self.descriptors[argument]]
 
     def blocks(self, case: Case) -> tuple[int, ...]:
         """The grid of the case."""

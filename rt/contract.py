@@ -12,6 +12,8 @@ and of a text.
     unet_shallow       the same and deep (R, …), not all of time and context → prediction (R, C, h, w)
     vae_encoder        image (1, H, W, 3)                            → mean, std (1, C, h, w)
     vae_decoder        latents (1, C, h, w)                          → image (1, H, W, 3)
+
+Tokens are int64 and all else float32, but for what a step reads in float16: latents, and what unet_context gives so.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ Shapes = Mapping[str, tuple[int | None, ...]]
 """Name to shape, None where any size will do."""
 
 _STEPS = (Component.UNET, Component.UNET_SHALLOW)
+_WIDE = ("float32",)
+_FLOATS = ("float32", "float16")
 _AT_A_SIZE = (*_STEPS, Component.VAE_ENCODER, Component.VAE_DECODER)
 _TEXT = (Component.TEXT_ENCODER, Component.TEXT_ENCODER_2)
 _POSITIVE = (
@@ -77,12 +81,23 @@ def check(spec: ModelSpec, programs: Iterable[Program]) -> None:
         if program.component in (Component.UNET_TIME, Component.UNET_CONTEXT)
         for tensor in program.outputs
     }
+    handed = {
+        tensor.name: (tensor.dtype,)
+        for program in programs
+        if program.component is Component.UNET_CONTEXT
+        for tensor in program.outputs
+    }
     for program in programs:
         if (program.profile is not None) is not (program.component in _AT_A_SIZE):
             raise ValueError(f"program {shown(program.name)} has the shape {program.profile}")
         takes, gives = _tensors(program, spec, features)
-        _check_tensors(f"{shown(program.name)}: input", program.inputs, takes)
-        _check_tensors(f"{shown(program.name)}: output", program.outputs, gives)
+        given = _FLOATS if program.component is Component.UNET_CONTEXT else _WIDE
+        taken = {
+            "tokens": ("int64",),
+            **({"latents": _FLOATS, **handed} if program.component in _STEPS else {}),
+        }
+        _check_tensors(f"{shown(program.name)}: input", program.inputs, takes, taken, _WIDE)
+        _check_tensors(f"{shown(program.name)}: output", program.outputs, gives, {}, given)
     states = [
         tensor.shape[-1]
         for p in programs
@@ -167,7 +182,13 @@ def _check_once(what: str, values: list[str]) -> None:
         raise ValueError(f"two have the {what} {shown(twice[0])}")
 
 
-def _check_tensors(what: str, tensors: tuple[TensorSpec, ...], wanted: Shapes) -> None:
+def _check_tensors(
+    what: str,
+    tensors: tuple[TensorSpec, ...],
+    wanted: Shapes,
+    formats: Mapping[str, tuple[str, ...]],
+    usual: tuple[str, ...],
+) -> None:
     _check_once(what, [tensor.name for tensor in tensors])
     found = {tensor.name: tensor for tensor in tensors}
     if missing := [name for name in wanted if name not in found]:
@@ -175,10 +196,10 @@ def _check_tensors(what: str, tensors: tuple[TensorSpec, ...], wanted: Shapes) -
     if unknown := [name for name in found if name not in wanted]:
         raise ValueError(f"{what} {shown(unknown[0])} is not known")
     for name, shape in wanted.items():
-        tensor, dtype = found[name], "int64" if name == "tokens" else "float32"
+        tensor, allowed = found[name], formats.get(name, usual)
         sizes = [have if want is None else want for want, have in zip(shape, tensor.shape, strict=False)]
         if len(tensor.shape) != len(shape) or [*tensor.shape] != sizes or min(sizes, default=0) < 1:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise ValueError(f"{what} {name} is {shown([*tensor.shape])}, expected [{expected}]")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{what} {name} is {shown(tensor.dtype)}, expected {dtype}")
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{what} {name} is {shown(tensor.dtype)}, expected {' or '.join(allowed)}")

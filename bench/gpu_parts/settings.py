@@ -26,9 +26,17 @@ CHOSEN = (
     ("geglu", "sdxl 1024x5120"),
 )
 """Kernels and workloads of theirs in which most of the time goes, or which a decision hangs on."""
-STEP = "sd15-512-1-unet"
+STEP = "sd15-step"
 """The guided step of SD 1.5 as a package by itself."""
-PREPARED = (STEP, "sd15-512-1-vae", "sdxl-1024-1-unet", "sdxl-1024-1-vae", "sdxl-512-0-unet")
+PREPARED = (
+    STEP,
+    "sd15-step-fused",
+    "sd15-decoder",
+    "sdxl-step",
+    "sdxl-step-fused",
+    "sdxl-decoder",
+    "sdxl-turbo-step",
+)
 """What `--prepare` makes: architecture, side, whether with guidance, U-Net step or decoder."""
 GUIDANCE_SCALE = 7.5
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from rt.bench.stand_in_gpu.gpu import H200, install
 from rt.bench.stand_in_gpu.launches import counting
 from rt.bench.stand_in_gpu.programs import PROGRAMS, lowered
 from rt.errors import ConfigError, nearest
+from rt.export.candidates import first
 from rt.export.inductor import write_package
+from rt.export.operators import ops
 
 INPUTS, COUNTED = "inputs.json", "launches.json"
 
@@ -48,7 +50,8 @@ def prepare(folder: Path, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]
         program, module = lowered(PROGRAMS[name], mode)
         with mode, counting() as counted:
             path = place / "engines" / f"{program.name}.{Form.INDUCTOR.value}"
-            write_package(path, "cuda", program, module, file="", place=lambda tensor: 0, max_autotune=False)
+            choose = prefer_fused if PROGRAMS[name].fused else first
+            write_package(path, "cuda", program, module, file="", place=lambda tensor: 0, choose=choose)
         described = {
             "program": name,
             "gpu": H200.name,
@@ -67,6 +70,12 @@ def prepare(folder: Path, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]
         (place / INPUTS).write_text(json.dumps({"inputs": inputs}) + "\n")
         (place / COUNTED).write_text(json.dumps(described, indent=1) + "\n")
         yield described
+
+
+def prefer_fused(operator: Any, arguments: Sequence[Any], candidates: Mapping[str, Any]) -> str:
+    """See `rt.export.candidates.Choose`: kernels of ours in which a linear layer is merged with what follows."""
+    merged = operator in (ops.geglu_linear.default, ops.query_attention.default)
+    return [*candidates][-1] if merged else first(operator, arguments, candidates)
 
 
 @click.command()

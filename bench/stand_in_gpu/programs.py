@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +19,7 @@ from rt.export.passes.merge import merge
 from rt.export.passes.sink import sink
 from rt.export.program import Program, narrowed
 from rt.export.trace import trace
-from rt.export.unet import split_context, split_time, trace_step
+from rt.export.unet import LATENTS, split_context, split_time, trace_step
 from rt.export.weights import build
 from rt.model import Component
 from rt.shapes import ShapeProfile
@@ -34,20 +34,26 @@ class Wanted:
         side: Of the picture, in pixels.
         component: `UNET`, the step with guidance, or `VAE_DECODER`.
         guided: Whether the step is one with guidance.
+        fused: Whether linear layers are computed by kernels of ours where those save a launch.
     """
 
     architecture: str
     side: int
     component: Component
     guided: bool = False
+    fused: bool = False
 
 
+_SD15 = Wanted(architecture="sd15", side=512, component=Component.UNET, guided=True)
+_SDXL = Wanted(architecture="sdxl", side=1024, component=Component.UNET, guided=True)
 PROGRAMS = {
-    "sd15-step": Wanted(architecture="sd15", side=512, component=Component.UNET, guided=True),
+    "sd15-step": _SD15,
     "sd15-decoder": Wanted(architecture="sd15", side=512, component=Component.VAE_DECODER),
-    "sdxl-step": Wanted(architecture="sdxl", side=1024, component=Component.UNET, guided=True),
+    "sdxl-step": _SDXL,
     "sdxl-decoder": Wanted(architecture="sdxl", side=1024, component=Component.VAE_DECODER),
     "sdxl-turbo-step": Wanted(architecture="sdxl", side=512, component=Component.UNET),
+    "sd15-step-fused": replace(_SD15, fused=True),
+    "sdxl-step-fused": replace(_SDXL, fused=True),
     "tiny-step": Wanted(architecture="tiny", side=64, component=Component.UNET, guided=True),
     "tiny-decoder": Wanted(architecture="tiny", side=64, component=Component.VAE_DECODER),
 }
@@ -70,7 +76,7 @@ def lowered(wanted: Wanted, mode: FakeTensorMode) -> tuple[Program, nn.Module]:
             return in_half(program)
         step = trace_step(network, spec, profile, {}, guided=wanted.guided)
         context, step = split_context(step.rewritten("sink", sink) if wanted.guided else step)
-        return in_half(split_time(step)[1], narrow=context.outputs)
+        return in_half(split_time(step)[1], narrow=(LATENTS, *context.outputs))
 
 
 def in_half(program: Program, narrow: Collection[str] = ()) -> tuple[Program, nn.Module]:

@@ -24,6 +24,7 @@ from rt.export.passes.shapes import module_of, value
 
 aten = torch.ops.aten
 _RESHAPES = {aten.view.default, aten.reshape.default}
+_INLINE = 8
 _BIAS = 6
 """Its position in the arguments of `rt::group_norm`."""
 
@@ -124,6 +125,16 @@ def _convolution(module: fx.GraphModule, node: fx.Node) -> fx.Node:
     return call(aten.permute.default, (y, [0, 2, 3, 1]))
 
 
+def _short_bias(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """A bias of up to eight elements would be written into the code, and made of it by a kernel: so it is padded."""
+    x, weight, bias, *rest = (*node.args, None)[: max(3, len(node.args))]
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or (count := len(value(bias))) > _INLINE:
+        return None
+    padded = _new(module, node, nn.functional.pad(value(bias).detach(), (0, 2 * _INLINE - count)))
+    short = node.graph.call_function(aten.slice.Tensor, (padded, 0, 0, count))
+    return node.graph.call_function(node.target, (x, weight, short, *rest), node.kwargs)  # type: ignore[arg-type]
+
+
 def _group_norm(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """With a bias: what was added before, or zeros, so that one kernel does for both."""
     if len(node.args) > _BIAS:
@@ -167,6 +178,7 @@ def _arguments(linear: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
 
 
 _MATCHES: dict[object, Callable[[fx.GraphModule, fx.Node], fx.Node | None]] = {
+    aten.conv2d.default: _short_bias,
     aten.linear.default: _composed,
     ops.convolution.default: _convolution,
     ops.attention.default: _attention,

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "rt"))
 
 import device_fakes
+
 import rt.backends.inductor as backend
 from rt.backends import Form, get
 from rt.backends.views import DeviceSide

@@ -41,7 +41,7 @@ def fits(spec: KernelSpec, image: KernelImage, spill_bytes: int) -> None:
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_a_kernel_compiles_within_its_budget(name, capability):
-    spec, case = registry.spec(name), first_workload(name)
+    spec, case = registry.spec(name).on(capability), first_workload(name)
     found = compiled(name, capability)
     image = found.image
     fits(spec, image, found.spill_bytes)
@@ -70,15 +70,15 @@ def test_a_kernel_compiles_within_its_budget(name, capability):
 
 
 def images(name: str) -> dict[str, Case]:
-    """Every different image that the cases and workloads of a kernel need, but for the architecture."""
-    spec = registry.spec(name)
+    """Every different image that the cases and workloads of a kernel need on an H100."""
+    spec = registry.spec(name).on(90)
     return {aot.image_name(spec, case, 90): case for case in (*spec.cases, *spec.workloads.values())}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_every_case_fits_an_h100(name):
-    spec = registry.spec(name)
+    spec = registry.spec(name).on(90)
     for case in images(name).values():
         found = aot.compile_case(spec, case, 90)
         fits(spec, found.image, found.spill_bytes)
@@ -110,6 +110,91 @@ def test_half_precision_moves_16_bytes_at_a_time(name, loads, stores):
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= loads
     assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == stores
     assert not re.search(r"(ld|st)\.global\.[bu]16", ptx)
+
+
+@pytest.mark.parametrize(
+    ("workload", "capability", "features"),
+    [
+        ("sdxl 1024x1280", 90, 128),
+        ("sdxl 4096x640", 90, 64),
+        ("sd15 256x1280", 90, 64),
+        ("sdxl 1024x1280", 80, 64),
+    ],
+)
+def test_a_hopper_has_tiles_of_its_own_where_they_pay(workload, capability, features):
+    spec = registry.spec("geglu_linear")
+    name = aot.image_name(spec, spec.workloads[workload], capability)
+    assert f"-FEATURES{features}-" in name
+
+
+def programs_a_processor(registers: int, warps: int, shared_bytes: int) -> int:
+    """Of a Hopper: registers are given by eights to each of 32 threads, and a kilobyte of a program is the driver's."""
+    return min(65536 // (-(-registers // 8) * 8 * 32 * warps), 228 * 1024 // (shared_bytes + 1024))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workload", "products", "resident"),
+    [
+        ("sd15 4096x40", {"m64n128k16", "m64n16k16", "m64n64k16"}, 2),
+        ("sdxl 1024x64", {"m64n128k16", "m64n16k16", "m64n64k16"}, 2),
+        ("sd15 1024x80", {"m64n64k16", "m64n16k16"}, 4),
+    ],
+)
+def test_a_processor_has_more_than_one_program_of_query_attention(workload, products, resident):
+    """Which work while the other waits; and two heads of 64 columns are one product of 128."""
+    spec = registry.spec("query_attention")
+    found = aot.compile_case(spec, spec.workloads[workload], 90)
+    assert {*re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)", found.ptx)} == products
+    image = found.image
+    assert programs_a_processor(image.registers, image.threads // 32, image.shared_bytes) == resident
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workload", "columns", "resident"), [("sdxl 1024x1280", 256, 1), ("sdxl 4096x640", 128, 2)]
+)
+def test_both_halves_of_geglu_are_one_product(workload, columns, resident):
+    """An instruction of 64 by `columns` runs while the next are loaded, and so many programs fit a processor."""
+    spec = registry.spec("geglu_linear")
+    found = aot.compile_case(spec, spec.workloads[workload], 90)
+    assert {*re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)", found.ptx)} == {f"m64n{columns}k16"}
+    assert "wgmma.wait_group.sync.aligned 1" in found.ptx
+    assert programs_a_processor(found.image.registers, 8, found.image.shared_bytes) == resident
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workload", "columns", "resident"), [("sdxl 1024x1280", 256, 1), ("sdxl 4096x640", 128, 2)]
+)
+def test_tiles_are_fetched_by_the_memory_accelerator(workload, columns, resident):
+    """No address is computed in a thread, nothing needs scratch memory, and stores go out while the loop goes on."""
+    spec = registry.spec("geglu_linear_tma")
+    found = aot.translate(spec, spec.workloads[workload], 90)
+    ptx, metadata = found.asm["ptx"], found.metadata
+    _, registers, spill_bytes = aot.assemble(ptx)
+    assert (
+        spill_bytes == 0
+        and registers <= spec.budget.registers
+        and metadata.shared <= spec.budget.shared_bytes
+    )
+    assert not metadata.global_scratch_size
+    # Inductor makes descriptors from the blocks alone and swizzles 128 bytes, which is 3 here.
+    case = spec.workloads[workload]
+    made = [(one["block_size"], one["swizzle"], one["elem_size"]) for one in metadata.tensordesc_meta]
+    assert made == [(spec.block(name, case), 3, 2) for name in ("x", "weight", "y")]
+    assert {*re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)", ptx)} == {f"m64n{columns}k16"}
+    assert {*re.findall(r"cp\.async\.bulk\.tensor\.(\dd)\.shared", ptx)} == {"2d", "3d"}
+    assert re.search(r"cp\.async\.bulk\.tensor\.2d\.global", ptx) and "cp.async.cg" not in ptx
+    assert programs_a_processor(registers, metadata.num_warps, metadata.shared) == resident
+
+
+def test_descriptors_are_for_inductor():
+    spec = registry.spec("geglu_linear_tma")
+    with pytest.raises(
+        BuildError, match="geglu_linear_tma takes descriptors, which no launcher of ours makes"
+    ):
+        aot.compile_case(spec, spec.cases[0], 90)
 
 
 def test_a_capability_without_kernels():

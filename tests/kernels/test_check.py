@@ -143,6 +143,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command on doubling kernels by name, as if interpreted."""
     functions = {"right": right, "off": is_off, "beyond": writes_beyond, "raises": raises}
     monkeypatch.setattr(registry, "NAMES", tuple(functions))
+    monkeypatch.setattr(registry, "DESCRIBED", ())
     monkeypatch.setattr(registry, "spec", lambda name: doubling(functions[name]))
     monkeypatch.setattr(check, "device", lambda: "cpu")
     return lambda *arguments: CliRunner().invoke(check.command, arguments)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from rt.kernels import registry
+from rt.kernels.check import forms
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,10 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", registry.NAMES)
+@pytest.mark.parametrize("name", (*registry.NAMES, *registry.DESCRIBED))
 def test_a_kernel_is_its_reference(name: str, records: list[dict[str, Any]]):
     own = [record for record in records if record["kernel"] == name]
-    assert [record["case"] for record in own] == [str(case) for case in registry.spec(name).cases]
+    assert [record["case"] for record in own] == [
+        str(case) for form in forms(registry.spec(name), "cpu") for case in form.cases
+    ]
     assert not [record for record in own if not record["passed"]]

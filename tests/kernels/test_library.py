@@ -95,7 +95,7 @@ def test_the_table_is_the_registry() -> None:
         expected[aot.image_name(registry.spec(job.kernel), job.case, job.capability)] = job
     assert set(kernels) == set(expected) and kernels
     for name, job in expected.items():
-        kernel, spec, case = kernels[name], registry.spec(job.kernel), job.case
+        kernel, spec, case = kernels[name], registry.spec(job.kernel).on(job.capability), job.case
         config, constants = spec.config(case), spec.constants(case)
         assert kernel.op.decode() == spec.name and DTYPES[kernel.dtype] == case.dtype
         assert kernel.capability == job.capability and kernel.threads == 32 * config.warps

@@ -16,11 +16,13 @@ from rt.kernels.spec import BYTES
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 NAMES = registry.NAMES
+ALL = (*NAMES, *registry.DESCRIBED)
 
 
 def test_every_file_with_a_kernel_is_listed():
     files = {path.stem for path in KERNELS.glob("*.py") if "\nSPEC = " in path.read_text()}
-    assert list(NAMES) == sorted(files)
+    assert sorted(ALL) == sorted(files)
+    assert list(NAMES) == sorted(NAMES)
     assert [*registry.specs()] == list(NAMES)
 
 
@@ -38,7 +40,7 @@ def test_without_triton_the_command_that_helps(monkeypatch):
         registry.spec("layer_norm")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_parameters_are_inputs_scalars_outputs_constants(name):
     spec = registry.spec(name)
     assert (spec.name, spec.kernel.__name__) == (name, name)
@@ -53,9 +55,10 @@ def test_parameters_are_inputs_scalars_outputs_constants(name):
         assert sorted(spec.constants(case)) == sorted(constexpr), case
         assert len(spec.fixed) + len(case.attributes) + len(spec.config(case).constants) == len(constexpr)
     assert spec.inplace <= {argument.name for argument in spec.outputs}
+    assert bool(spec.descriptors) == (name in registry.DESCRIBED)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_reference_makes_its_tensors_where_its_inputs_are(name):
     """A benchmark runs it on the GPU. What it makes without saying where is on the default device, here another one."""
     spec = registry.spec(name)
@@ -70,7 +73,7 @@ def test_a_reference_makes_its_tensors_where_its_inputs_are(name):
         torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_cases_are_within_the_limits_of_a_launch(name):
     spec = registry.spec(name)
     for case in (*spec.cases, *spec.workloads.values()):
@@ -83,7 +86,7 @@ def test_cases_are_within_the_limits_of_a_launch(name):
         assert spec.flops(case) >= 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_cases_cover_both_halves_and_more_than_one_size(name):
     spec = registry.spec(name)
     assert spec.cases and spec.workloads
@@ -92,7 +95,7 @@ def test_cases_cover_both_halves_and_more_than_one_size(name):
         assert {"float16", "bfloat16"} <= {case.dtype for case in spec.cases}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_reference_answers_in_the_shapes_of_the_outputs(name):
     spec = registry.spec(name)
     case = min(spec.cases, key=spec.bytes)
@@ -105,13 +108,24 @@ def test_the_reference_answers_in_the_shapes_of_the_outputs(name):
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_seed_draws_the_same_values(name):
     spec = registry.spec(name)
     case = min(spec.cases, key=spec.bytes)
     first, again, other = (draw(spec, case, seed) for seed in (1, 1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_a_projection_and_attention_are_one():
+    """And the queries are those of a linear layer without bias."""
+    both, alone = registry.spec("query_attention"), registry.spec("attention")
+    case = both.cases[0]
+    x, weight, key, value = (operand.double() for operand in draw(both, case, 3).values())
+    heads = case.attributes["heads"]
+    [parts] = alone.reference(x @ weight.mT, key, value, heads=heads)
+    [whole] = both.reference(x, weight, key, value, heads=heads)
+    torch.testing.assert_close(parts, whole, atol=1e-12, rtol=0)
 
 
 def test_two_launches_of_group_norm_are_one():

@@ -408,7 +408,11 @@ def test_a_signed_manifest_with_anything_in_any_place_opens_or_is_refused(bundle
         (("engines", 0, "forms"), {}, "engine 'unet' has no form"),
         (("engines", 0, "forms", "onnx"), "../x", "names '../x', which is not a file of the bundle"),
         (("engines", 0, "inputs", 0, "shape", 0), -2, "'unet': input latents is [-2, 4, 8, 6]"),
-        (("engines", 0, "inputs", 0, "dtype"), "O", "'unet': input latents is 'O', expected float32"),
+        (
+            ("engines", 0, "inputs", 0, "dtype"),
+            "O",
+            "'unet': input latents is 'O', expected float32 or float16",
+        ),
         (("engines", 0, "inputs", 0, "name"), "x", "'unet': input latents is missing"),
         (("engines", 1, "outputs"), [], "'text': output states is missing"),
         (("engines", 0, "passes", 0, "nodes"), [1], "passes[0].nodes is [1], expected a list of 2"),
