@@ -51,7 +51,6 @@ from rt.export.source import Kind
 from rt.export.staging import staged
 from rt.export.target import loop_compiler, target
 from rt.export.trace import trace
-from rt.export.unet import LATENTS
 from rt.model import Component, ModelSpec
 from rt.progress import Bar, progress
 from rt.samplers import Scheduler
@@ -287,7 +286,7 @@ def _lower_all(
     with WeightFile(stage / weights) as store:
         text = _text(stage, checkpoint.spec) if component is Component.UNET else {}
         early: dict[Component, Program] = {}
-        narrow = frozenset[str]()  # what steps take in fp16
+        narrow = frozenset[str]()  # what the part of the text hands to the steps in fp16
         calibration: Calibration | None = None
         for program in trace(
             component, module, checkpoint.spec, config.profiles, text, step_cache=config.step_cache
@@ -310,7 +309,7 @@ def _lower_all(
                 with _step(bar, f"{program.name}: calibrate"):
                     calibration = calibrate(early, checkpoint, BITS[dtype])
             if program.component is Component.UNET_CONTEXT and half is torch.float16:
-                narrow = _within(seen, in_range(half)) | {LATENTS}
+                narrow = _within(seen, in_range(half))
             with _step(bar, f"{program.name}: lower"):
                 computing, islands = _in_format(program, dtype, seen, calibration, narrow)
                 lower(narrowed(program, narrow), computing, store, stage / file)

@@ -18,8 +18,6 @@ from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile
 
 TRAIN_TIMESTEPS = 1000
-LATENTS = "latents"
-"""The input that the loop writes."""
 TIME_ROWS = 16
 """Timesteps at once: reading the weights takes as long as multiplying so many rows by them."""
 
@@ -133,7 +131,7 @@ def split_time(step: Program) -> tuple[Program, Program]:
 
 def split_step(step: Program) -> tuple[Program, Program]:
     """The step with its `deep` features as a second output, and the shallow step that reads them."""
-    full, shallow = split_shallow(step.module, LATENTS, "deep")
+    full, shallow = split_shallow(step.module, "latents", "deep")
     with torch.no_grad():
         deep = full(**step.inputs)[-1]
     reads = [str(node.target) for node in shallow.graph.nodes if node.op == "placeholder"]
@@ -200,7 +198,7 @@ def _inputs(
         )
 
     inputs = {
-        LATENTS: randn(pictures, *shape),
+        "latents": randn(pictures, *shape),
         "timestep": torch.randint(1, TRAIN_TIMESTEPS, (pictures,), generator=generator).float(),
         "context": of_text("context", spec.max_tokens, spec.context_size),
     }

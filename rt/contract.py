@@ -13,7 +13,7 @@ and of a text.
     vae_encoder        image (1, H, W, 3)                            → mean, std (1, C, h, w)
     vae_decoder        latents (1, C, h, w)                          → image (1, H, W, 3)
 
-Tokens are int64 and all else float32, but for what a step reads in float16: latents, and what unet_context gives so.
+Tokens are int64 and all else float32, but for what unet_context gives in float16 and steps take so.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def check(spec: ModelSpec, programs: Iterable[Program]) -> None:
         given = _FLOATS if program.component is Component.UNET_CONTEXT else _WIDE
         taken = {
             "tokens": ("int64",),
-            **({"latents": _FLOATS, **handed} if program.component in _STEPS else {}),
+            **(handed if program.component in _STEPS else {}),
         }
         _check_tensors(f"{shown(program.name)}: input", program.inputs, takes, taken, _WIDE)
         _check_tensors(f"{shown(program.name)}: output", program.outputs, gives, {}, given)

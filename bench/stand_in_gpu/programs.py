@@ -19,7 +19,7 @@ from rt.export.passes.merge import merge
 from rt.export.passes.sink import sink
 from rt.export.program import Program, narrowed
 from rt.export.trace import trace
-from rt.export.unet import LATENTS, split_context, split_time, trace_step
+from rt.export.unet import split_context, split_time, trace_step
 from rt.export.weights import build
 from rt.model import Component
 from rt.shapes import ShapeProfile
@@ -76,7 +76,7 @@ def lowered(wanted: Wanted, mode: FakeTensorMode) -> tuple[Program, nn.Module]:
             return in_half(program)
         step = trace_step(network, spec, profile, {}, guided=wanted.guided)
         context, step = split_context(step.rewritten("sink", sink) if wanted.guided else step)
-        return in_half(split_time(step)[1], narrow=(LATENTS, *context.outputs))
+        return in_half(split_time(step)[1], narrow=context.outputs)
 
 
 def in_half(program: Program, narrow: Collection[str] = ()) -> tuple[Program, nn.Module]:

@@ -139,7 +139,11 @@ def _group_norm(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """With a bias: what was added before, or zeros, so that one kernel does for both."""
     if len(node.args) > _BIAS:
         return None
-    x, bias = _biased(node.args[0]) or (node.args[0], _zeros(module, value(node).shape[-1]))
+    x, bias = (
+        _biased(node.args[0])
+        or _convolved(module, node.args[0])
+        or (node.args[0], _buffer(module, torch.zeros(1, value(node).shape[-1]), "zeros"))
+    )
     return node.graph.call_function(node.target, (x, *node.args[1:], bias))  # type: ignore[arg-type]
 
 
@@ -157,10 +161,31 @@ def _biased(total: Any) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def _zeros(module: fx.GraphModule, channels: int) -> fx.Node:
-    name = f"zeros_{channels}"
+def _convolved(module: fx.GraphModule, pixels: Any) -> tuple[fx.Node, fx.Node] | None:
+    """A convolution without its bias, and the bias, where `pixels` is both; what else reads `pixels` adds them."""
+    call, graph = pixels.graph.call_function, pixels.graph
+    convolution = pixels.args[0] if pixels.target is aten.permute.default else None
+    if not isinstance(convolution, fx.Node) or convolution.target is not aten.conv2d.default:
+        return None
+    x, weight, bias, *rest = (*convolution.args, None)[: max(3, len(convolution.args))]
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or value(pixels).shape[-1] != len(value(bias)):
+        return None
+    with graph.inserting_before(pixels):
+        alone = call(
+            aten.permute.default, (call(aten.conv2d.default, (x, weight, None, *rest)), pixels.args[1])
+        )
+        both = call(aten.add.Tensor, (alone, bias))
+    for made in (alone, both):
+        made.meta["val"] = value(pixels)
+    pixels.replace_all_uses_with(both)
+    return alone, _buffer(module, value(bias).detach()[None], f"bias_{bias.name}")
+
+
+def _buffer(module: fx.GraphModule, values: Tensor, name: str) -> fx.Node:
+    """A constant in fp32, as norms take it."""
+    name = f"{name}_{values.shape[-1]}"
     if not hasattr(module, name):
-        module.register_buffer(name, torch.zeros(1, channels))
+        module.register_buffer(name, values)
     return module.graph.get_attr(name)
 
 

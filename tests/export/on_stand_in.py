@@ -1,7 +1,8 @@
 """`rt` where the only GPU is a stand-in: `python on_stand_in.py build …`, `python on_stand_in.py run …`.
 
-It builds as on a GPU. What it built is opened and held against this torch and this GPU; then the program's graph, which
-is in the bundle, too, runs on the processor in its place, as late as CUDA allows, between the references of the loop's kernels.
+It builds as on a GPU. What it built is opened and held against this torch and this GPU; then the graph of the program,
+which is in the bundle, too, runs on the processor in its place, as late as CUDA allows, between the references of the
+loop's kernels.
 """
 
 from __future__ import annotations

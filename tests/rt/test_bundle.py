@@ -411,7 +411,7 @@ def test_a_signed_manifest_with_anything_in_any_place_opens_or_is_refused(bundle
         (
             ("engines", 0, "inputs", 0, "dtype"),
             "O",
-            "'unet': input latents is 'O', expected float32 or float16",
+            "'unet': input latents is 'O', expected float32",
         ),
         (("engines", 0, "inputs", 0, "name"), "x", "'unet': input latents is missing"),
         (("engines", 1, "outputs"), [], "'text': output states is missing"),
