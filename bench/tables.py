@@ -13,6 +13,7 @@ from rt.bench.gpu_parts.table import render as render_gpu
 from rt.bench.markdown import table
 from rt.bench.peers.table import render
 from rt.bench.record import RESULTS, read
+from rt.bench.stand_in_gpu.table import render as render_launches
 
 ROOT = RESULTS.parents[1]
 DEMO = "emoji-ldm"
@@ -24,7 +25,11 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     records = read(results)
     return {
         Path("README.md"): {"benchmarks": _speed(records)},
-        Path("docs/benchmarks.md"): {"peers": render(records), "gpu": render_gpu(records)},
+        Path("docs/benchmarks.md"): {
+            "peers": render(records),
+            "gpu": render_gpu(records),
+            "launches": render_launches(records),
+        },
         Path(f"examples/{DEMO}/README.md"): {
             "quality": _quality(records),
             "settings": _settings(records),

@@ -223,7 +223,7 @@ def described_geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         constant_args_idx=kernel_side_table.add_constant_args({"rows": len(rows), **kernel.constants(case)}),
         grid=[(*kernel.blocks(case), 1, 1)],
         tma_descriptor_metadata={
-            name: create_tma_stable_metadata(kernel.block(name, case)) for name in kernel.descriptors
+            name: create_tma_stable_metadata([*kernel.block(name, case)]) for name in kernel.descriptors
         },
         kwargs={"x": rows, "weight": halves, "bias": bias.contiguous(), "y": y},
     )

@@ -18,6 +18,7 @@ from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile
 
 TRAIN_TIMESTEPS = 1000
+_CONTEXT = "context"
 TIME_ROWS = 16
 """Timesteps at once: reading the weights takes as long as multiplying so many rows by them."""
 
@@ -120,7 +121,12 @@ def trace_step(
 
 def split_context(step: Program) -> tuple[Program, Program]:
     """What depends on the text states alone, as outputs `context_0` …, and the rest, which reads them."""
-    return _split(step, ("context",), Component.UNET_CONTEXT, "context")
+    return _split(step, ("context",), Component.UNET_CONTEXT, _CONTEXT)
+
+
+def of_text(program: Program) -> frozenset[str]:
+    """What `split_context` made of it: inputs of a step, outputs of the part of the text."""
+    return frozenset(name for name in (*program.inputs, *program.outputs) if name.startswith(f"{_CONTEXT}_"))
 
 
 def split_time(step: Program) -> tuple[Program, Program]:

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rt.backends import DeviceBackend, Form, get
 from rt.bench.gpu_parts.programs import (
@@ -29,13 +29,15 @@ from rt.bench.gpu_parts.programs import (
     traced,
 )
 from rt.bundle import MANIFEST, EngineRecord, FileRecord, Manifest, SourceRecord, hash_file
-from rt.config import BuildConfig, fingerprint
+from rt.config import BuildConfig, DType, fingerprint
 from rt.export.checkpoint import Checkpoint
 from rt.export.forms import Request, writer
 from rt.export.lower import WeightFile, lower
+from rt.export.passes.cast import HALF
 from rt.export.passes.shapes import value
 from rt.export.program import Program
 from rt.export.staging import staged
+from rt.export.unet import of_text
 from rt.kernel_image import KernelImage
 from rt.model import Component
 from rt.process import in_threads
@@ -127,7 +129,7 @@ def do(job: Job) -> Done:
 
 def _engine(job: Job, module: nn.Module, component: Component) -> EngineRecord:
     [profile] = job.config.profiles
-    program = traced(component, module, job.checkpoint, profile, guided=job.guided)
+    program = traced(component, module, job.checkpoint.spec, profile, guided=job.guided)
     weights, reference = f"engines/{program.name}.weights", f"reference/{program.name}.npz"
     inputs = {name: each.numpy() for name, each in program.inputs.items()}
     save_reference(job.stage / reference, inputs, {})
@@ -144,10 +146,8 @@ def _engine(job: Job, module: nn.Module, component: Component) -> EngineRecord:
         forms=forms,
         weights=weights,
         reference=reference,
-        inputs=tuple(
-            TensorSpec(name=name, shape=each.shape, dtype=each.dtype.name) for name, each in inputs.items()
-        ),
-        outputs=_outputs(program),
+        inputs=tuple(_spec(name, each) for name, each in program.inputs.items()),
+        outputs=_outputs(program, dtype),
         error={},
         verified_with="not verified: a bundle of a benchmark",
         islands=(),
@@ -169,11 +169,16 @@ def _forms(job: Job, program: Program, computing: nn.Module, store: WeightFile) 
     return {form.value: path for form, path in found.items()}
 
 
-def _outputs(program: Program) -> tuple[TensorSpec, ...]:
-    """From the shapes of the graph."""
+def _spec(name: str, value: Tensor) -> TensorSpec:
+    return TensorSpec(name=name, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
+
+
+def _outputs(program: Program, dtype: DType) -> tuple[TensorSpec, ...]:
+    """From the shapes of the graph, as `in_format` gives them."""
     [results] = next(node for node in program.module.graph.nodes if node.op == "output").args
+    narrow = of_text(program) if HALF.get(dtype) is torch.float16 else frozenset()
     return tuple(
-        TensorSpec(name=name, shape=tuple(value(node).shape))
+        _spec(name, value(node).half() if name in narrow else value(node))
         for name, node in zip(program.outputs, results, strict=True)
     )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rt.backends.inductor import exact_convolutions
+from rt.backends.inductor import convolutions
 from rt.bench.gpu_parts.compiled import Compiled
 from rt.bench.gpu_parts.eager import Eager
 from rt.bench.gpu_parts.model import Model, Peer
@@ -84,7 +84,7 @@ def _reference(model: Model) -> tuple[dict[str, Tensor], dict[str, int]]:
     outputs: dict[str, Tensor] = {}
     flops: dict[str, int] = {}
     for measure, call in ((UNET, peer.unet), (VAE, peer.vae)):
-        with FlopCounterMode(display=False) as counter, exact_convolutions():
+        with FlopCounterMode(display=False) as counter, convolutions(exact=True):
             outputs[measure] = call().cpu()
         flops[measure] = counter.get_total_flops()
     return outputs, flops

@@ -81,7 +81,7 @@ def step_of(context: Context, place: Place) -> tuple[Any, Any]:
     with torch.inference_mode():
         unet = model.checkpoint.load(Component.UNET)
         component = Component.UNET_CONTEXT if place.dry else Component.UNET
-        program = traced(component, unet, model.checkpoint, model.profile, guided=True)
+        program = traced(component, unet, model.checkpoint.spec, model.profile, guided=True)
         dtype, name = (DType.FP32, "inductor-cpu") if place.dry else (DType.FP16, "inductor")
         program, _, module = in_format(program, dtype, get(name))
     return program, module

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 import torch._inductor.config as inductor
 from torch import nn
 
@@ -19,11 +20,12 @@ from rt.export.observe import Observation
 from rt.export.passes.cast import HALF, cast
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
+from rt.export.passes.merge import merge
 from rt.export.passes.quantize import quantize
-from rt.export.program import Program
+from rt.export.program import Program, narrowed
 from rt.export.trace import trace
-from rt.export.unet import TIME_ROWS, split_context, split_time, trace_loop_step, trace_step
-from rt.model import Component
+from rt.export.unet import TIME_ROWS, of_text, split_context, split_time, trace_loop_step, trace_step
+from rt.model import Component, ModelSpec
 from rt.shapes import ShapeProfile
 
 UNSEEN = Observation(outputs={}, magnitudes={}, logits={}, losses={})
@@ -38,18 +40,17 @@ def network(component: Component) -> Component:
 
 
 def traced(
-    component: Component, module: nn.Module, checkpoint: Checkpoint, profile: ShapeProfile, *, guided: bool
+    component: Component, module: nn.Module, spec: ModelSpec, profile: ShapeProfile, *, guided: bool
 ) -> Program:
     """One program of `module`, in fp32.
 
     Args:
         component: The program.
         module: Its network, see `network`.
-        checkpoint: For the facts of the model.
+        spec: The facts of the model.
         profile: One picture of a size.
         guided: Whether the step is the one with guidance.
     """
-    spec = checkpoint.spec
     match component:
         case Component.UNET_TIME:
             return split_time(trace_step(module, spec, replace(profile, batch_size=TIME_ROWS), {}))[0]
@@ -70,10 +71,16 @@ def in_format(
     further = writer(backend)
     if program.component in _PIXELS and dtype in HALF and further is not None and further.fuses:
         program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
+        if calibration is None:
+            program = program.rewritten("merge", merge)
     module = program.module
     if calibration is not None:
         module = quantize(program.module, calibration.ranges, calibration.chosen, calibration.bits)
-    return program, dtype, cast(module, dtype, UNSEEN)[0] if dtype in HALF else module
+    if dtype not in HALF:
+        return program, dtype, module
+    text = of_text(program) if HALF[dtype] is torch.float16 else frozenset()
+    given = [i for i, name in enumerate(program.outputs) if name in text]
+    return narrowed(program, text), dtype, cast(module, dtype, UNSEEN, given)[0]
 
 
 def calibrated(step: Program, module: nn.Module, checkpoint: Checkpoint, dtype: DType) -> Calibration | None:
@@ -82,7 +89,7 @@ def calibrated(step: Program, module: nn.Module, checkpoint: Checkpoint, dtype: 
         return None
     assert step.profile is not None
     early = {
-        component: traced(component, module, checkpoint, step.profile, guided=step.guided)
+        component: traced(component, module, checkpoint.spec, step.profile, guided=step.guided)
         for component in EARLY
     }
     return calibrate({**early, Component.UNET: step}, checkpoint, BITS[dtype])

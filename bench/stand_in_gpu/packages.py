@@ -17,9 +17,11 @@ import click
 import torch
 
 from rt.backends import Form
+from rt.bench.record import publish
 from rt.bench.stand_in_gpu.gpu import H200, install
 from rt.bench.stand_in_gpu.launches import counting
 from rt.bench.stand_in_gpu.programs import PROGRAMS, lowered
+from rt.bench.stand_in_gpu.table import KIND
 from rt.errors import ConfigError, nearest
 from rt.export.candidates import first
 from rt.export.inductor import write_package
@@ -81,10 +83,15 @@ def prefer_fused(operator: Any, arguments: Sequence[Any], candidates: Mapping[st
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("names", nargs=-1)
-def command(folder: Path, names: tuple[str, ...]) -> None:
+@click.option("--record", is_flag=True, help="Keep what was counted in bench/results.")
+def command(folder: Path, names: tuple[str, ...], record: bool) -> None:
     """See the module."""
+    programs = []
     for described in prepare(folder, names):
+        programs.append(described)
         click.echo(json.dumps(described))
+    if record:
+        click.echo(publish(KIND, {"kind": KIND, "programs": programs}))
 
 
 if __name__ == "__main__":

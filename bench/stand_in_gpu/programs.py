@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rt.backends import get
+from rt.bench.gpu_parts.programs import in_format, traced
 from rt.config import DType
 from rt.export.architectures import ARCHITECTURES
 from rt.export.facts import FOLDERS, read_spec
-from rt.export.observe import Observation
-from rt.export.passes.cast import cast
-from rt.export.passes.fuse import fuse
-from rt.export.passes.layout import channels_last
-from rt.export.passes.merge import merge
-from rt.export.passes.sink import sink
-from rt.export.program import Program, narrowed
-from rt.export.trace import trace
-from rt.export.unet import split_context, split_time, trace_step
+from rt.export.program import Program
 from rt.export.weights import build
 from rt.model import Component
 from rt.shapes import ShapeProfile
@@ -60,29 +53,13 @@ PROGRAMS = {
 
 
 def lowered(wanted: Wanted, mode: FakeTensorMode) -> tuple[Program, nn.Module]:
-    """The program as a build in fp16 compiles it, and the module that computes it, their weights fake.
-
-    Nothing is known of their values, so nothing is kept in fp32.
-    """
+    """The program as a build in fp16 compiles it, and the module that computes it, their weights fake."""
     configs = ARCHITECTURES[wanted.architecture].configs
     factor = read_spec(configs, wanted.architecture).vae_scale_factor
     configs["unet"] = {**configs["unet"], "sample_size": wanted.side // factor}
-    spec = read_spec(configs, wanted.architecture)
-    profile = ShapeProfile(wanted.side, wanted.side)
+    spec, profile = read_spec(configs, wanted.architecture), ShapeProfile(wanted.side, wanted.side)
     with mode:
         network = build(wanted.component, configs[FOLDERS[wanted.component]]).eval().requires_grad_(False)
-        if wanted.component is not Component.UNET:
-            [program] = trace(wanted.component, network, spec, (profile,))
-            return in_half(program)
-        step = trace_step(network, spec, profile, {}, guided=wanted.guided)
-        context, step = split_context(step.rewritten("sink", sink) if wanted.guided else step)
-        return in_half(split_time(step)[1], narrow=context.outputs)
-
-
-def in_half(program: Program, narrow: Collection[str] = ()) -> tuple[Program, nn.Module]:
-    """Fused and in fp16, the inputs of these names, too."""
-    for name, rewrite in (("layout", channels_last), ("fuse", fuse), ("merge", merge)):
-        program = program.rewritten(name, rewrite)
-    nothing = Observation(outputs={}, magnitudes={}, logits={}, losses={})
-    module, _ = cast(program.module, DType.FP16, nothing)
-    return narrowed(program, narrow), module
+        program = traced(wanted.component, network, spec, profile, guided=wanted.guided)
+        program, _, module = in_format(program, DType.FP16, get("inductor"))
+        return program, module

@@ -14,7 +14,7 @@ import threading
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -255,7 +255,7 @@ class InductorDeviceEngine:
         device: The same GPU.
         inputs: Of the program.
         outputs: Of the program.
-        exact: Whether convolutions of float32 are computed in float32, see `exact_convolutions`.
+        exact: Whether convolutions of float32 are computed in float32, see `convolutions`.
 
     Raises:
         MemoryError: When the device has no room for it; what it had taken is given back.
@@ -273,9 +273,7 @@ class InductorDeviceEngine:
         import torch
 
         self._program: _Program | None = program
-        self._precision: Callable[[], AbstractContextManager[None]] = (
-            exact_convolutions if exact else nullcontext
-        )
+        self._exact = exact
         with ExitStack() as undo:
             self.inputs = device_buffers(device, inputs, undo)
             self.outputs = device_buffers(device, outputs, undo)
@@ -290,7 +288,11 @@ class InductorDeviceEngine:
 
         assert self._program is not None, "an engine is not run after it is closed"
         external = torch.cuda.ExternalStream(int(stream))  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(external), torch.cuda.use_mem_pool(self._pool), self._precision():
+        with (
+            torch.cuda.stream(external),
+            torch.cuda.use_mem_pool(self._pool),
+            convolutions(exact=self._exact),
+        ):
             self._program.run(self._reads, self._writes)
 
     def close(self) -> None:
@@ -302,28 +304,33 @@ class InductorDeviceEngine:
         torch.cuda.empty_cache()  # torch keeps what its tensors leave, where TensorRT and our own arrays cannot use it
 
 
-_PRECISION = threading.Lock()
+_CUDNN = threading.Lock()
 
 
 @contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Convolutions of float32 on a GPU are float32 while this lasts, as products of matrices are anyway.
+def convolutions(*, exact: bool) -> Iterator[None]:
+    """How cuDNN computes convolutions on a GPU while this lasts.
 
-    By torch's default cuDNN rounds their operands to TF32, which has the ten bits of float16. The setting is the
-    process's, so one thread at a time changes it, and puts it back.
+    It chooses an algorithm by its heuristics, whatever the process has set for others: to try them out, as
+    `torch.backends.cudnn.benchmark` asks for, takes seconds at each start, and takes another one now and then.
+
+    Where they are to be `exact`, those of float32 are in float32, as products of matrices are anyway. By torch's
+    default cuDNN rounds their operands to TF32, which has the ten bits of float16. The settings are the process's, so
+    one thread at a time changes them, and puts them back.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
     """
     import torch
 
     cudnn: Any = torch.backends.cudnn  # its module makes `conv` where no type checker sees it
-    convolution = cudnn.conv
-    with _PRECISION:
-        before = convolution.fp32_precision
-        convolution.fp32_precision = "ieee"
+    with _CUDNN:
+        tried, precision = cudnn.benchmark, cudnn.conv.fp32_precision
+        cudnn.benchmark = False
+        if exact:
+            cudnn.conv.fp32_precision = "ieee"
         try:
             yield
         finally:
-            convolution.fp32_precision = before
+            cudnn.benchmark, cudnn.conv.fp32_precision = tried, precision
 
 
 class _Program:

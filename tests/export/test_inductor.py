@@ -30,7 +30,7 @@ from rt.backends.inductor import (
     check_gpu,
     check_processor,
     check_torch,
-    exact_convolutions,
+    convolutions,
     processor,
 )
 from rt.config import BuildConfig, DType
@@ -375,16 +375,19 @@ def test_on_a_gpu_fp32_is_not_tf32(gpu_package, dtype, monkeypatch):
     monkeypatch.setattr(
         backend_module._Program,
         "run",
-        lambda *arguments: ran.append(torch.backends.cudnn.conv.fp32_precision),
+        lambda *arguments: ran.append(
+            (torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.benchmark)
+        ),
     )
     device = HostDevice()
     engine = Inductor().load_on(device, gpu_package[0], INPUTS, OUTPUTS, dtype=dtype)
     assert isinstance(engine, InductorDeviceEngine)
     program, before = weakref.ref(engine._program), torch.backends.cudnn.conv.fp32_precision
     assert before == "tf32", "torch's default"
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as somebody else in the process wants it
     engine.enqueue(device.create_stream())
-    assert ran == ["ieee" if dtype is DType.FP32 else before]
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert ran == [("ieee" if dtype is DType.FP32 else before, False)]
+    assert torch.backends.cudnn.conv.fp32_precision == before and torch.backends.cudnn.benchmark
     for _ in range(2):
         engine.close()
     gc.collect()
@@ -393,7 +396,7 @@ def test_on_a_gpu_fp32_is_not_tf32(gpu_package, dtype, monkeypatch):
 
 def test_precision_is_put_back_after_an_error():
     before = torch.backends.cudnn.conv.fp32_precision
-    with pytest.raises(LookupError), exact_convolutions():
+    with pytest.raises(LookupError), convolutions(exact=True):
         raise LookupError
     assert torch.backends.cudnn.conv.fp32_precision == before != "ieee"
 
