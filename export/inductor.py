@@ -156,6 +156,7 @@ def write_package(
         torch.no_grad(),
         _quiet(),
         _exact(),
+        _writers_kept(),
         _Operators(REFERENCES if device == "cpu" else {**REFERENCES, **_gpu_operators(choose)}),
     ):
         exported = torch.export.export(_copy(module, device), (), inputs, strict=False)
@@ -325,6 +326,30 @@ def _exact() -> Iterator[None]:
     finally:
         cudnn.allow_tf32 = before
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _writers_kept() -> Iterator[None]:
+    """Let inductor tell the buffers apart into which it writes code.
+
+    Before torch 2.13 it knows them by the address of a bound method, which ends after the call: another one may get the
+    same address, and then code uses an array of sizes before it is declared. So each method is kept, once a buffer.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    wrapper: Any = CppWrapperCpu
+    before = wrapper.codegen_int_array_var
+    kept: dict[int, Any] = {}
+
+    def declare(self: Any, int_array: str, writeline: Any, *args: Any, **kwargs: Any) -> Any:
+        same = kept.setdefault(id(getattr(writeline, "__self__", writeline)), writeline)
+        return before(self, int_array, same, *args, **kwargs)
+
+    wrapper.codegen_int_array_var = declare
+    try:
+        yield
+    finally:
+        wrapper.codegen_int_array_var = before
 
 
 class _Operators(TorchFunctionMode):

@@ -71,6 +71,7 @@ H200 = Model(
 
 def install(model: Model = H200) -> FakeTensorMode:
     """Let this process see `model`, and give the mode to which its tensors belong."""
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     _register_patterns()
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=_shapes())
     _load_guard()
@@ -79,6 +80,8 @@ def install(model: Model = H200) -> FakeTensorMode:
     _move_to(mode)
     _drive_triton(model)
     _compile_without_running()
+    if cache is None:  # when it is imported, torch writes down there which folder it takes by default
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     return mode
 
 

@@ -279,6 +279,8 @@ class InductorDeviceEngine:
             self.outputs = device_buffers(device, outputs, undo)
             self._reads = [torch.as_tensor(array, device="cuda") for array in self.inputs.values()]
             self._writes = [torch.as_tensor(array, device="cuda") for array in self.outputs.values()]
+            # While memory comes from a pool torch does not give back what it has cached elsewhere to make room.
+            torch.cuda.empty_cache()
             self._pool: Any = torch.cuda.MemPool()
             self._closing = undo.pop_all()
 
@@ -296,7 +298,11 @@ class InductorDeviceEngine:
             self._program.run(self._reads, self._writes)
 
     def close(self) -> None:
-        """Give everything back, the weights too, where no other engine uses them."""
+        """Give everything back, the weights too, where no other engine uses them.
+
+        cuBLAS keeps a workspace a stream, in the pool of the engine that ran first there: engines of one stream are
+        closed together, as `rt.engines.Engines.close` does.
+        """
         import torch
 
         self._program, self._reads, self._writes, self._pool = None, [], [], None

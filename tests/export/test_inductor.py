@@ -40,7 +40,7 @@ from rt.export.architectures import Architecture, clip, unet, vae
 from rt.export.build import build
 from rt.export.checkpoint import open_checkpoint
 from rt.export.forms import Request, check_options
-from rt.export.inductor import WRITERS, _copy, _exact
+from rt.export.inductor import WRITERS, _copy, _exact, _writers_kept
 from rt.export.lower import WeightFile
 from rt.export.operators import ops
 from rt.export.program import Program, trace_program
@@ -512,3 +512,28 @@ def test_in_a_child_of_a_process_that_used_it_it_says_so(package):
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_torch_knows_the_buffers_of_its_code_by_methods_that_last(monkeypatch):
+    """Two bound methods of one buffer are one, and those of two buffers never share an address."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        CppWrapperCpu,
+        "codegen_int_array_var",
+        lambda self, array, writeline, graph=None: seen.append(id(writeline)),
+    )
+
+    class Buffer:
+        def writeline(self) -> None:
+            pass
+
+    buffers = [Buffer(), Buffer()]
+    with _writers_kept():
+        for buffer in (*buffers, *buffers):
+            CppWrapperCpu.codegen_int_array_var(None, "{1}", buffer.writeline, graph=None)  # type: ignore[arg-type]
+    assert seen[:2] == seen[2:] and seen[0] != seen[1]
+    seen.clear()
+    CppWrapperCpu.codegen_int_array_var(None, "{1}", print)  # type: ignore[arg-type]
+    assert seen == [id(print)]
