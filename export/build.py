@@ -326,12 +326,8 @@ def _lower_all(
                         lower(narrowed(program, narrow), computing, store, path)
             if (further := writer(backend)) is not None and further.compile is not None:
                 with _engine_step(bar, f"{program.name}: compile"):
-                    # What is calibrated is known by the names of the graph as it was.
-                    if calibration is None and program.component in _PICTURES and _fuses(backend, dtype):
-                        program = program.rewritten("merge", merge)
-                        if islands and half is torch.float16:
-                            seen = observe(program, half)
-                        computing = _fused(program.module, dtype, seen, calibration)
+                    if program.component in _PICTURES and _fuses(backend, dtype):
+                        program, computing = _merged(program, dtype, seen, calibration, islands)
                     compiled = further.compile(narrowed(program, narrow), computing, store, request)
                     forms |= {form.value: path for form, path in compiled.items()}
             yield EngineRecord(
@@ -397,6 +393,27 @@ def _fused(
     if calibration is not None:
         module = quantize(module, calibration.ranges, calibration.chosen, calibration.bits)
     return cast(module, DType.BF16 if dtype is DType.INT8 else dtype, seen)[0]
+
+
+def _merged(
+    program: Program,
+    dtype: DType,
+    seen: Observation,
+    calibration: Calibration | None,
+    islands: tuple[str, ...],
+) -> tuple[Program, nn.Module]:
+    """A fused program with fewer kernels, and what computes it.
+
+    What was measured is known by the names of nodes. So a merged graph with islands is measured again, and one
+    that has both islands and layers in eight bits stays as it is.
+    """
+    if calibration is not None:
+        module = quantize(program.module, calibration.ranges, calibration.chosen, calibration.bits)
+        return program, cast(module if islands else merge(module), dtype, seen)[0]
+    program = program.rewritten("merge", merge)
+    if islands and HALF[dtype] is torch.float16:
+        seen = observe(program, HALF[dtype])
+    return program, cast(program.module, dtype, seen)[0]
 
 
 @contextmanager

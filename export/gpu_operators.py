@@ -54,10 +54,19 @@ def _chosen(choose: Choose, operator: Any, *arguments: Any) -> Tensor:
     return candidates[choose(operator, arguments, candidates)](*arguments)
 
 
-def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: float) -> Tensor:
+def linear_fp8(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_scale: float,
+    weight_scale: float,
+    scales: Tensor | None = None,
+) -> Tensor:
     """See `rt.export.operators`; the tensor cores multiply e4m3, and sum as fast as they can."""
     rows = (x.reshape(-1, x.shape[-1]).float() / x_scale).clamp(-E4M3, E4M3).to(weight.dtype)
-    first, second = (torch.full((), scale, device=x.device) for scale in (x_scale, weight_scale))
+    if scales is None:
+        scales = torch.tensor([x_scale, weight_scale], device=x.device)
+    first, second = scales.split(1)
     offset = None if bias is None else bias.to(x.dtype)
     # cuBLAS adds it to a result in half precision alone.
     within = None if x.dtype is torch.float32 else offset

@@ -80,10 +80,18 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.permute(0, 2, 3, 1).contiguous()
 
 
-def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: float) -> Tensor:
+def linear_fp8(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_scale: float,
+    weight_scale: float,
+    scales: Tensor | None = None,
+) -> Tensor:
     """x Wᵀ + b with operands in e4m3: (…, I) by (O, I) → (…, O).
 
     `weight` is in e4m3 and stands for `weight_scale` times itself; x is divided by `x_scale`, saturated and rounded.
+    `scales` (2,) are both once more, where a library wants them in memory.
     """
     rounded = (x.float() / x_scale).clamp(-E4M3, E4M3).to(weight.dtype).float() * x_scale
     y = F.linear(rounded, weight.float() * weight_scale, None if bias is None else bias.float())
@@ -150,7 +158,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @_OPERATORS["linear_fp8"].register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: float) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_scale: float,
+    weight_scale: float,
+    scales: Tensor | None = None,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

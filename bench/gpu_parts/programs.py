@@ -69,13 +69,14 @@ def in_format(
     if program.component is Component.UNET_TIME:  # costs nothing in fp32, and every step builds on it
         dtype = DType.FP32
     further = writer(backend)
-    if program.component in _PIXELS and dtype in HALF and further is not None and further.fuses:
+    fuses = program.component in _PIXELS and dtype in HALF and further is not None and further.fuses
+    if fuses:
         program = program.rewritten("layout", channels_last).rewritten("fuse", fuse)
-        if calibration is None:
-            program = program.rewritten("merge", merge)
     module = program.module
     if calibration is not None:
         module = quantize(program.module, calibration.ranges, calibration.chosen, calibration.bits)
+    if fuses:
+        module = merge(module)
     if dtype not in HALF:
         return program, dtype, module
     text = of_text(program) if HALF[dtype] is torch.float16 else frozenset()

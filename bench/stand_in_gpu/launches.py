@@ -5,6 +5,7 @@ A library's convolution or product counts as one launch, though some are two.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import UserDefinedTritonKernel
 
 _CALL = re.compile(r"^\s+(?:AOTI_TORCH_ERROR_CODE_CHECK\()?(call_|aoti_torch_cuda_)(\w+?)\(", re.MULTILINE)
 _LIBRARY = {
@@ -23,6 +25,8 @@ _LIBRARY = {
     "baddbmm": "product",
     "scaled_mm": "product",
 }
+_WITH_WEIGHTS = {"geglu_linear", "geglu_linear_tma", "query_attention"}
+"""Kernels of ours that read the weights of a linear layer."""
 _TRITON = {
     "triton_poi": "elementwise",
     "triton_per": "reduction",
@@ -38,7 +42,7 @@ class Counted:
     Attributes:
         launches: By kind: those of a library ("product", "convolution"), of inductor's own kernels ("elementwise",
             "reduction"), and of each of ours by its name.
-        mib: Read and written by each kind, inductor's estimate: each operand once.
+        mib: Read and written by each kind, each operand once; kernels of ours that read weights are "product", too.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -78,7 +82,7 @@ def counting() -> Iterator[Counted]:
         code = result[0]
         counted.launches += launches(getattr(code, "value", code))
         for node in graph.scheduler.nodes:
-            counted.mib[_kind_of(node)] += node.get_read_write_buffers_sizes() / 2**20
+            counted.mib[_kind_of(node)] += _bytes(node) / 2**20
         return result
 
     lowering: Any = GraphLowering
@@ -91,10 +95,24 @@ def counting() -> Iterator[Counted]:
 
 def _kind_of(node: Any) -> str:
     """Of a node of inductor's scheduler."""
-    if node.is_extern():
-        target = node.node
-        kernel = getattr(target, "python_kernel_name", None) or type(target).__name__
-        if type(target).__name__ == "UserDefinedTritonKernel":
-            return "ours"
-        return _LIBRARY.get(kernel.rpartition(".")[2], kernel)
-    return "reduction" if node.is_reduction() else "elementwise"
+    if not node.is_extern():
+        return "reduction" if node.is_reduction() else "elementwise"
+    if isinstance(node.node, UserDefinedTritonKernel):
+        kernel: Any = node.node.get_kernel_and_metadata()[0]
+        while hasattr(kernel, "fn"):
+            kernel = kernel.fn
+        name = str(kernel.__name__)
+        return "product" if name in _WITH_WEIGHTS else name
+    name = getattr(node.node, "python_kernel_name", None) or type(node.node).__name__
+    bare = name.removesuffix(".default").rpartition(".")[2].strip("_")
+    return _LIBRARY.get(bare, bare)
+
+
+def _bytes(node: Any) -> int:
+    """Read and written; of a kernel of ours each argument once, where inductor takes its output for an input, too."""
+    if node.is_extern() and isinstance(node.node, UserDefinedTritonKernel):
+        tensors = {each.get_name(): each for each in node.node.inputs}
+        return sum(
+            int(math.prod(map(int, each.get_size()))) * each.get_dtype().itemsize for each in tensors.values()
+        )
+    return int(node.get_read_write_buffers_sizes())

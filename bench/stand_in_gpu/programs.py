@@ -11,7 +11,9 @@ from rt.backends import get
 from rt.bench.gpu_parts.programs import in_format, traced
 from rt.config import DType
 from rt.export.architectures import ARCHITECTURES
+from rt.export.calibrate import Calibration
 from rt.export.facts import FOLDERS, read_spec
+from rt.export.passes.quantize import FP8, Range, products
 from rt.export.program import Program
 from rt.export.weights import build
 from rt.model import Component
@@ -28,6 +30,7 @@ class Wanted:
         component: `UNET`, the step with guidance, or `VAE_DECODER`.
         guided: Whether the step is one with guidance.
         fused: Whether linear layers are computed by kernels of ours where those save a launch.
+        dtype: Of the build.
     """
 
     architecture: str
@@ -35,6 +38,7 @@ class Wanted:
     component: Component
     guided: bool = False
     fused: bool = False
+    dtype: DType = DType.FP16
 
 
 _SD15 = Wanted(architecture="sd15", side=512, component=Component.UNET, guided=True)
@@ -47,6 +51,10 @@ PROGRAMS = {
     "sdxl-turbo-step": Wanted(architecture="sdxl", side=512, component=Component.UNET),
     "sd15-step-fused": replace(_SD15, fused=True),
     "sdxl-step-fused": replace(_SDXL, fused=True),
+    "sdxl-step-fp8": replace(_SDXL, dtype=DType.FP8),
+    "tiny-step-fp8": Wanted(
+        architecture="tiny", side=64, component=Component.UNET, guided=True, dtype=DType.FP8
+    ),
     "tiny-step": Wanted(architecture="tiny", side=64, component=Component.UNET, guided=True),
     "tiny-decoder": Wanted(architecture="tiny", side=64, component=Component.VAE_DECODER),
 }
@@ -61,5 +69,12 @@ def lowered(wanted: Wanted, mode: FakeTensorMode) -> tuple[Program, nn.Module]:
     with mode:
         network = build(wanted.component, configs[FOLDERS[wanted.component]]).eval().requires_grad_(False)
         program = traced(wanted.component, network, spec, profile, guided=wanted.guided)
-        program, _, module = in_format(program, DType.FP16, get("inductor"))
+        calibration = _as_measured(program) if wanted.dtype is DType.FP8 else None
+        program, _, module = in_format(program, wanted.dtype, get("inductor"), calibration)
         return program, module
+
+
+def _as_measured(program: Program) -> Calibration:
+    """Every layer in eight bits, all of one range."""
+    names = products(program.module, FP8)
+    return Calibration(bits=FP8, ranges=dict.fromkeys(names, Range(-1.0, 1.0)), kept={})

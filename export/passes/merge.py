@@ -4,6 +4,7 @@
 - What is added to all pixels alike before a GroupNorm is added by it.
 - Two linear layers with nothing but a sum between them are one:
   W (V g + r + b) + c = [W V, W] [g; r] + (W b + c), where that is no more work.
+- Layers in eight bits read their scales from one constant.
 - A convolution is torch's again, all of it in one format.
 - A query's projection belongs to its attention, and a linear layer to the GEGLU behind it: operators that a kernel of
   ours computes at once where that is faster, see `rt.export.gpu_operators`.
@@ -25,6 +26,7 @@ from rt.export.passes.shapes import module_of, value
 aten = torch.ops.aten
 _RESHAPES = {aten.view.default, aten.reshape.default}
 _INLINE = 8
+"""Constants of so many elements are written into the code."""
 _BIAS = 6
 """Its position in the arguments of `rt::group_norm`."""
 
@@ -34,6 +36,7 @@ def merge(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     module = fx.GraphModule(module, graph)
+    _keep_scales(module)
     for node in list(graph.nodes):
         match = _MATCHES.get(node.target)
         if match is not None:
@@ -43,6 +46,20 @@ def merge(module: fx.GraphModule) -> fx.GraphModule:
                 merged.meta["val"] = value(node)
                 node.replace_all_uses_with(merged)
     return module_of(module, graph)
+
+
+def _keep_scales(module: fx.GraphModule) -> None:
+    """The scales of all layers in eight bits, in one constant: each would be a kernel that makes it."""
+    layers = [node for node in module.graph.nodes if node.target is ops.linear_fp8.default]
+    rows = [[*node.args[3:5]] for node in layers]
+    if not rows:
+        return
+    module.register_buffer("scales", torch.tensor(rows + [[1.0, 1.0]] * _INLINE))
+    with module.graph.inserting_before(layers[0]):
+        scales = module.graph.get_attr("scales")
+    for row, node in enumerate(layers):
+        with module.graph.inserting_before(node):
+            node.args = (*node.args, module.graph.call_function(aten.select.int, (scales, 0, row)))
 
 
 def _attention(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:

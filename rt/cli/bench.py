@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from rt.backends import AUTO, BACKENDS
 from rt.bench.bundle import measure
 from rt.bench.report import Settings
+from rt.cli.options import backend_option
 from rt.cli.streams import show
 from rt.errors import ConfigError
 from rt.extras import needs
@@ -22,7 +22,7 @@ from rt.extras import needs
 @click.option("-n", "--batch-size", type=int, help="Pictures at once, as built.  [default: the first]")
 @click.option("--warmup", type=int, default=3, show_default=True, help="Calls before the first sample.")
 @click.option("--iterations", type=int, default=20, show_default=True, help="Samples of each stage.")
-@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
+@backend_option
 @click.option(
     "--threads",
     type=int,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from rt.backends import AUTO, BACKENDS, arithmetic, choose_target, get
+from rt.backends import arithmetic, choose_target, get
 from rt.bundle import Bundle
+from rt.cli.options import backend_option
 from rt.cli.streams import hand_out, say
 from rt.config import BuildConfig, DType
 from rt.errors import ConfigError
@@ -53,7 +54,7 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
 @click.option(
     "--dtype", type=click.Choice([d.value for d in DType]), help="The same, by name.  [default: fp32]"
 )
-@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
+@backend_option
 @click.option(
     "--height", type=whole_numbers, metavar=_LIST, default=(), help="Pixels; several make profiles."
 )

@@ -13,8 +13,8 @@ import numpy as np
 
 import rt
 from rt.arguments import RNGS, check_count, check_negative_prompts, check_prompts, check_seeds
-from rt.backends import AUTO, BACKENDS
 from rt.bundle import LoraRecord
+from rt.cli.options import backend_option
 from rt.cli.streams import hand_out
 from rt.errors import ConfigError
 from rt.images import ImageMetadata, OutputPattern, save
@@ -93,7 +93,7 @@ def interval(text: str) -> tuple[float, float]:
     "-o", "--output", default="", help="File, directory or pattern with {seed} {index} {date} {prompt_hash}."
 )
 @click.option("--sheet", "page", help="Also all pictures on one page, with their prompts: a file as in -o.")
-@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
+@backend_option
 @click.option(
     "--threads",
     type=int,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from rt.backends import AUTO, BACKENDS, choose
+from rt.backends import choose
 from rt.bundle import Bundle
+from rt.cli.options import backend_option
 from rt.cli.streams import hand_out, show
 from rt.progress import progress
 from rt.verify import verify
@@ -16,7 +17,7 @@ from rt.verify import verify
 
 @click.command(short_help="Check a bundle's files and numbers.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default=AUTO, show_default=True)
+@backend_option
 @click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(bundle: Path, backend: str, as_json: bool, quiet: bool) -> None:

@@ -23,6 +23,7 @@ from rt.bench.gpu_parts.record import Run, Status
 from rt.bench.gpu_parts.run import run_parts
 from rt.bench.gpu_parts.settings import PREPARED
 from rt.bench.gpu_parts.table import render, sections
+from rt.bench.stand_in_gpu.programs import PROGRAMS
 from rt.errors import ConfigError
 
 # importlib mode does not let a test import what lies beside it, and the process of a part is given this path.
@@ -245,8 +246,8 @@ def test_options_that_make_no_sense_end_it_at_once(options: list[str], said: str
 def test_packages_are_prepared_by_the_stand_in_and_nothing_else_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepare(folder: Path, names: Sequence[str]) -> Iterator[str]:
-        yield from (f"{folder.name}/{name}: 611 launches" for name in names)
+    def prepare(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        yield from ({"program": f"{folder.name}/{name}", "launches": 611} for name in names)
 
     stand_in = ModuleType("stand_in_gpu.packages")
     stand_in.prepare = prepare  # type: ignore[attr-defined]
@@ -254,7 +255,9 @@ def test_packages_are_prepared_by_the_stand_in_and_nothing_else_is_done(
     monkeypatch.setitem(sys.modules, "rt.bench.stand_in_gpu.packages", stand_in)
     done = CliRunner().invoke(command, ["--prepare", str(tmp_path / "packages")])
     assert done.exit_code == 0, done.output
-    assert done.output.splitlines() == [f"packages/{name}: 611 launches" for name in PREPARED]
+    lines = [json.loads(line) for line in done.output.splitlines()]
+    assert lines == [{"program": f"packages/{name}", "launches": 611} for name in PREPARED]
+    assert {*PREPARED} <= PROGRAMS.keys()
 
 
 def test_small_inputs_are_many_and_marked_where_they_stay_in_the_cache() -> None:

@@ -18,6 +18,7 @@ from rt.export.passes.early_bias import early_bias
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
 from rt.export.passes.merge import merge
+from rt.export.passes.quantize import FP8, Range, products, quantize
 from rt.export.passes.sink import sink
 from rt.export.program import Program, trace_program
 from rt.export.trace import trace
@@ -183,3 +184,19 @@ def test_a_bias_moves_where_there_is_one_to_join(early: nn.Module, biases: int) 
     convolution = next(n for n in after.module.graph.nodes if n.target is aten.conv2d.default)
     kept = convolution.args[2] is not None
     assert kept == (biases == 2)
+
+
+def test_layers_in_eight_bits_read_their_scales_from_one_constant() -> None:
+    net = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 48))
+    inputs = {"input": torch.randn(3, 32)}
+    program = trace_program("net", Component.UNET, None, net, inputs, ("z",))
+    ranges = {name: Range(-4.0, 3.0) for name in products(program.module, FP8)}
+    before = replace(program, module=quantize(program.module, ranges, bits=FP8), outputs=())
+    after = replace(before, module=merge(before.module))
+    scales = after.module.get_buffer("scales")
+    layers = [n for n in after.module.graph.nodes if n.target is ops.linear_fp8.default]
+    assert len(layers) == 2 and len(scales) > 8, "or they would be written into the code, each by a kernel"
+    for row, node in enumerate(layers):
+        assert scales[row].tolist() == pytest.approx(node.args[3:5])
+        assert (node.args[5].target, node.args[5].args[1:]) == (aten.select.int, (0, row))
+    assert torch.equal(outputs(after, inputs)[0], outputs(before, inputs)[0])

@@ -92,6 +92,7 @@ def test_a_build_in_fp16_takes_the_gpu_and_draws_what_the_processor_draws(tmp_pa
         ("sdxl-step", 1050),
         ("sdxl-step-fused", 900),
         ("sdxl-decoder", 160),
+        ("sdxl-step-fp8", 1450),
         ("sdxl-turbo-step", 1050),
     ],
 )

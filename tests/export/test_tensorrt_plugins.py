@@ -133,7 +133,7 @@ def test_the_grid_and_the_integers_are_those_of_the_formulas(payloads: list[dict
     attention, _, norm, _, geglu = payloads[: len(CALLS)]
     assert (attention["launch"]["grid_x"], attention["launch"]["grid_y"]) == (32, 16)
     assert attention["scalars"] == [4096, 77]
-    assert norm["launch"]["grid_x"] == 64 and norm["scalars"] == [4096]
+    assert norm["launch"]["grid_x"] == 64 and norm["scalars"] == [4096, 320]
     assert geglu["launch"]["grid_x"] == 2 * 4096 * 1280 // 1024 and geglu["scalars"] == [2 * 4096]
 
 
