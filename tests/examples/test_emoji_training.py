@@ -105,7 +105,7 @@ def test_lcm(run: Path) -> None:
     shapes = open_checkpoint(str(run / "model")).source.headers(Component.UNET)
     matrices = {name for name, tensor in shapes.items() if tensor.ndim > 1}
     assert len(lora) == 2 * len(matrices)
-    assert changed <= matrices and len(changed) > 0.9 * len(matrices)
+    assert changed <= matrices and len(changed) > 0.25 * len(matrices)
 
 
 def test_pixel_art(run: Path) -> None:
