@@ -327,7 +327,7 @@ def _lower_all(
             if (further := writer(backend)) is not None and further.compile is not None:
                 with _engine_step(bar, f"{program.name}: compile"):
                     if program.component in _PICTURES and _fuses(backend, dtype):
-                        program, computing = _merged(program, dtype, seen, calibration, islands)
+                        program, computing = _merged(program, dtype, seen, calibration)
                     compiled = further.compile(narrowed(program, narrow), computing, store, request)
                     forms |= {form.value: path for form, path in compiled.items()}
             yield EngineRecord(
@@ -400,18 +400,20 @@ def _merged(
     dtype: DType,
     seen: Observation,
     calibration: Calibration | None,
-    islands: tuple[str, ...],
 ) -> tuple[Program, nn.Module]:
     """A fused program with fewer kernels, and what computes it.
 
-    What was measured is known by the names of nodes. So a merged graph with islands is measured again, and one
-    that has both islands and layers in eight bits stays as it is.
+    What was measured is known by the names of nodes. So a merged graph is measured again where something has to stay in
+    fp32, and one that has layers in eight bits, too, stays as it is.
     """
+    module: fx.GraphModule = program.module
     if calibration is not None:
-        module = quantize(program.module, calibration.ranges, calibration.chosen, calibration.bits)
-        return program, cast(module if islands else merge(module), dtype, seen)[0]
+        module = quantize(module, calibration.ranges, calibration.chosen, calibration.bits)
+    half, islands = cast(module, dtype, seen)
+    if calibration is not None:
+        return program, half if islands else cast(merge(module), dtype, seen)[0]
     program = program.rewritten("merge", merge)
-    if islands and HALF[dtype] is torch.float16:
+    if islands:
         seen = observe(program, HALF[dtype])
     return program, cast(program.module, dtype, seen)[0]
 

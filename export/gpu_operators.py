@@ -23,7 +23,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 )
 
 from rt.export.candidates import Choose
-from rt.export.operators import E4M3, REFERENCES, ops
+from rt.export.operators import E4M3, REFERENCES, WIDEST_HEAD, ops
 from rt.expression import evaluate
 from rt.kernels import group_normalize, group_statistics
 from rt.kernels.registry import spec
@@ -36,8 +36,8 @@ _HOPPER = (9, 0)
 _ROWS_AT_ONCE = 4096
 _ONE_LAUNCH = 256
 """Up to so many pixels a GroupNorm is one launch: there are too few groups to fill a GPU with longer ones."""
-_WIDEST_LIBRARY, _WIDEST = 128, 256
-"""Head widths up to which cuDNN has a kernel, and ours keeps its sums in registers without starving."""
+_WIDEST_LIBRARY = 128
+"""Width of heads up to which cuDNN has a kernel."""
 
 
 def gpu_operators(choose: Choose) -> Mapping[Any, Operator]:
@@ -66,7 +66,7 @@ def linear_fp8(
     rows = (x.reshape(-1, x.shape[-1]).float() / x_scale).clamp(-E4M3, E4M3).to(weight.dtype)
     if scales is None:
         scales = torch.tensor([x_scale, weight_scale], device=x.device)
-    first, second = scales.split(1)
+    first, second = scales[:1], scales[1:]
     offset = None if bias is None else bias.to(x.dtype)
     # cuBLAS adds it to a result in half precision alone.
     within = None if x.dtype is torch.float32 else offset
@@ -149,6 +149,8 @@ def library_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> 
 def product_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Two products and a softmax, some rows at a time: of heads so wide that a tile of them fills a multiprocessor.
 
+    Logits are in the format of the operands, which float16 has the digits for, and bfloat16 has not.
+
     At 1024 x 1024 pixels a decoder's matrix of weights has 16384 rows, half a gigabyte.
     """
     q, k, v = (_apart(x, heads) for x in (query, key, value))
@@ -168,8 +170,9 @@ def _apart(x: Tensor, heads: int) -> Tensor:
 def _attention_candidates(query: Tensor, key: Tensor, value: Tensor, heads: int) -> dict[str, Operator]:
     found: dict[str, Operator] = {OURS: _registered("attention", attention)}
     width = query.shape[-1] // heads
-    if width > _WIDEST:
-        return {PRODUCTS: product_attention, **found}
+    if width > WIDEST_HEAD:
+        products: dict[str, Operator] = {PRODUCTS: product_attention}
+        return {**found, **products} if query.dtype is torch.bfloat16 else {**products, **found}
     if _has_library(query, width):
         found[LIBRARY] = library_attention
         if width >= 64:  # cuDNN pads narrower ones to as much
@@ -191,10 +194,8 @@ def _self_attention_candidates(qkv: Tensor, heads: int) -> dict[str, Operator]:
 
 def _has_library(x: Tensor, width: int) -> bool:
     """Whether cuDNN has attention in this format, on a GPU where it is worth asking."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return (
-        half and width % 8 == 0 and width <= _WIDEST_LIBRARY and torch.cuda.get_device_capability() >= (9, 0)
-    )
+    fits = width % 8 == 0 and width <= _WIDEST_LIBRARY
+    return _is_half(x) and fits and torch.cuda.get_device_capability() == _HOPPER
 
 
 def query_attention(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -247,7 +248,7 @@ def _geglu_case(rows: Tensor, weight: Tensor) -> Case:
 def _query_attention_candidates(
     x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int
 ) -> dict[str, Operator]:
-    query = F.linear(x, weight)
+    query = x.new_empty(*x.shape[:-1], weight.shape[0])
     attentions = _attention_candidates(query, key, value, heads)
 
     def apart(x: Tensor, weight: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

@@ -3,7 +3,8 @@
 https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
 
 Weights stay in the file of the component, untransformed: without freezing, inductor reads the matrix of a linear layer
-as a transposed view, so ONNX graphs and packages share its bytes. Filters are channels last in memory, and so are
+as a transposed view, so ONNX graphs and packages share its bytes, but for those that `rt.export.passes.merge` makes of
+several, which lie beside them. Filters are channels last in memory, and so are
 moved when a package loads; the file has them once. The compiler folds no tensor of a size that would matter.
 
 A build that was killed goes on where it was if TORCHINDUCTOR_CACHE_DIR names a folder, in which inductor then works.
@@ -22,7 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def compile_for(
         module,
         file=weights.path.name,
         place=lambda tensor: weights.place(_bytes(tensor)),
-        choose=Fastest() if request.config.max_autotune else first,
+        choose=_fastest() if request.config.max_autotune else first,
         max_autotune=request.config.max_autotune,
     )
     weights.flush()
@@ -173,6 +174,12 @@ def write_package(
             offsets = {name: place(host.get(name, tensor)) for name, tensor in _tensors(compiled).items()}
             about = _about(compiled, file, offsets, device)
             _package(path, [Path(str(file)) for file in files], about, folder)
+
+
+@cache
+def _fastest() -> Fastest:
+    """What is known of this GPU by now, for all programs and builds of the process."""
+    return Fastest()
 
 
 def _gpu_operators(choose: Choose) -> Mapping[Any, Callable[..., Tensor]]:

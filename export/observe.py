@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from rt.errors import NumericsError
+from rt.export.operators import WIDEST_HEAD, ops
 from rt.export.program import Program
 
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
 _NORMS = {aten.group_norm.default, aten.layer_norm.default}
+_WITH_PRODUCT = {ops.geglu_linear.default: 3, ops.query_attention.default: 2}
+"""Operators that do not show how far a product in them reaches, to how many of their arguments are the product's."""
 _EPSILON = 1e-5  # where a norm's arguments leave it out
 _AT_ONCE = 1 << 22  # elements of which a handful of copies fit into memory
 
@@ -79,14 +83,28 @@ class _Recorder(fx.Interpreter):
             (query, key, *_), kwargs = self.fetch_args_kwargs_from_env(n)
             scale = kwargs.get("scale") or query.shape[-1] ** -0.5
             self.logits[n.name] = _largest(query.norm(dim=-1)) * _largest(key.norm(dim=-1)) * scale
+        if n.target in (ops.attention.default, ops.self_attention.default):
+            (*operands, heads), _ = self.fetch_args_kwargs_from_env(n)
+            query, key, *_ = operands if len(operands) > 1 else operands[0].chunk(3, -1)
+            query, key = (x.unflatten(-1, (heads, -1)) for x in (query, key))
+            if query.shape[-1] > WIDEST_HEAD:
+                bound = _largest(query.norm(dim=-1)) * _largest(key.norm(dim=-1))
+                self.logits[n.name] = bound * query.shape[-1] ** -0.5
         if n.target in _NORMS and self.half is not None:
             (x, shape, _, _, *rest), _ = self.fetch_args_kwargs_from_env(n)
             rows = x.reshape(len(x) * shape, -1) if isinstance(shape, int) else x.flatten(-len(shape))
             self.losses[n.name] = norm_loss(rows, rest[0] if rest else _EPSILON, self.half)
         result = super().run_node(n)
         if isinstance(result, Tensor) and result.is_floating_point():
-            self.magnitudes[n.name] = _largest(result)
+            self.magnitudes[n.name] = max(_largest(result), self._within(n))
         return result
+
+    def _within(self, n: fx.Node) -> float:
+        """The largest value of the product inside an operator that takes a linear layer in."""
+        if n.target not in _WITH_PRODUCT:
+            return 0.0
+        arguments, _ = self.fetch_args_kwargs_from_env(n)
+        return _largest(F.linear(*arguments[: _WITH_PRODUCT[n.target]]))
 
 
 def norm_loss(rows: Tensor, epsilon: float, half: torch.dtype) -> float:

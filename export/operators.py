@@ -23,6 +23,8 @@ from rt.export.passes.shapes import value
 
 DOMAIN, VERSION = "rt", 1
 E4M3 = torch.finfo(torch.float8_e4m3fn).max
+WIDEST_HEAD = 256
+"""Width of heads up to which attention on a GPU keeps its sums in registers, and its logits in fp32."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

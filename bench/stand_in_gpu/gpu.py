@@ -224,7 +224,7 @@ def _move_to(mode: FakeTensorMode) -> None:
     tensor.to = moved
     tracing.FakeTensorMode = lambda *_, **__: mode
     # What has few elements is written into the code, as are scales; values were never there.
-    FakeTensor.__float__ = lambda tensor: 0.5  # type: ignore[assignment, method-assign]
+    FakeTensor.__float__ = lambda tensor: 0.5  # type: ignore[method-assign]
     FakeTensor.tolist = lambda tensor: torch.full(tensor.shape, 0.5).numpy().tolist()  # type: ignore[assignment, method-assign]
 
 

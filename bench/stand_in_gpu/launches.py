@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class Counted:
     """
 
     launches: Counter[str] = field(default_factory=Counter)
-    mib: Counter[str] = field(default_factory=Counter)
+    mib: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def total(self) -> int:
@@ -111,7 +111,8 @@ def _kind_of(node: Any) -> str:
 def _bytes(node: Any) -> int:
     """Read and written; of a kernel of ours each argument once, where inductor takes its output for an input, too."""
     if node.is_extern() and isinstance(node.node, UserDefinedTritonKernel):
-        tensors = {each.get_name(): each for each in node.node.inputs}
+        given: Any = node.node.inputs
+        tensors = {each.get_name(): each for each in given}
         return sum(
             int(math.prod(map(int, each.get_size()))) * each.get_dtype().itemsize for each in tensors.values()
         )

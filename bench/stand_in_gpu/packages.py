@@ -60,8 +60,8 @@ def prepare(folder: Path, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]
             "torch": torch.__version__,
             "launches": counted.total,
             "launches_by_kind": dict(counted.launches.most_common()),
-            "mib": round(counted.mib.total(), 1),
-            "mib_by_kind": {kind: round(mib, 1) for kind, mib in counted.mib.most_common()},
+            "mib": round(sum(counted.mib.values()), 1),
+            "mib_by_kind": {kind: round(mib, 1) for kind, mib in sorted(counted.mib.items())},
             "package_mib": round(path.stat().st_size / 2**20, 2),
             "seconds": round(time.perf_counter() - started, 1),
         }

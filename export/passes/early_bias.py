@@ -30,6 +30,8 @@ def early_bias(module: fx.GraphModule) -> fx.GraphModule:
             continue
         for first, second in (node.args, node.args[::-1]):
             late, early = _biased(first, aten.conv2d.default), _biased(_viewed(second), aten.linear.default)
+            if late is None or value(second).shape[1:] != (value(late).shape[1], 1, 1):
+                continue
             if late is not None and early is not None and not reads[early] >= reads[late]:
                 _move(module, late, early)
     return module_of(module, module.graph)

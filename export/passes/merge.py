@@ -1,5 +1,7 @@
 """Fewer and larger kernels, for a GPU, where each launch costs as much as a few microseconds of work.
 
+A processor runs it in tests.
+
 - Queries, keys and values of the same tokens are one product, and attention reads them side by side.
 - What is added to all pixels alike before a GroupNorm is added by it.
 - Two linear layers with nothing but a sum between them are one:
@@ -109,7 +111,10 @@ def _composed(module: fx.GraphModule, outer: fx.Node) -> fx.Node | None:
         if total.kwargs or _linear(inner) is None or not isinstance(rest, fx.Node):
             continue
         gate, second, offset = _arguments(inner)  # type: ignore[arg-type]
-        if value(rest).shape != value(total).shape or value(outer).shape[-1] > value(total).shape[-1]:
+        channels = value(total).shape[-1]
+        if value(rest).shape != value(total).shape or value(x).shape[-1] != channels:
+            continue
+        if value(outer).shape[-1] > channels:
             continue
         w, v = _parameter(weight), _parameter(second)
         if w is None or v is None:
@@ -172,9 +177,13 @@ def _biased(total: Any) -> tuple[fx.Node, fx.Node] | None:
     for x, added in (total.args, total.args[::-1]):
         if not isinstance(x, fx.Node) or not isinstance(added, fx.Node) or value(x).shape != shape:
             continue
-        rows, *pixels, channels = value(added).shape
-        if len(pixels) == len(shape) - 2 and {*pixels} == {1} and channels == shape[-1]:
-            return x, total.graph.call_function(aten.reshape.default, (added, [rows, channels]))
+        if value(added).dim() == len(shape) and value(added).shape[1:] == (
+            *[1] * (len(shape) - 2),
+            shape[-1],
+        ):
+            return x, total.graph.call_function(
+                aten.reshape.default, (added, [*value(added).shape[:: len(shape) - 1]])
+            )
     return None
 
 

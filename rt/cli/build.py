@@ -68,7 +68,7 @@ def whole_numbers(text: str | tuple[int, ...]) -> tuple[int, ...]:
 @click.option("--refittable", is_flag=True, help="TensorRT: plans whose weights --refit can replace.")
 @click.option("--portable", is_flag=True, help="TensorRT: plans for every GPU since Ampere.")
 @click.option("--tune", is_flag=True, help="TensorRT: time our kernels against its own, keep the faster.")
-@click.option("--max-autotune", is_flag=True, help="Inductor: time every way to compute a product.")
+@click.option("--max-autotune", is_flag=True, help="Inductor: time all ways to compute an operator.")
 @click.option(
     "--refit",
     "donor",

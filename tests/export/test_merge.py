@@ -12,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rt.config import DType
 from rt.export.checkpoint import open_checkpoint
+from rt.export.observe import observe
 from rt.export.operators import ops
+from rt.export.passes.cast import cast
 from rt.export.passes.early_bias import early_bias
 from rt.export.passes.fuse import fuse
 from rt.export.passes.layout import channels_last
 from rt.export.passes.merge import merge
 from rt.export.passes.quantize import FP8, Range, products, quantize
+from rt.export.passes.shapes import attribute
 from rt.export.passes.sink import sink
 from rt.export.program import Program, trace_program
 from rt.export.trace import trace
@@ -200,3 +204,55 @@ def test_layers_in_eight_bits_read_their_scales_from_one_constant() -> None:
         assert scales[row].tolist() == pytest.approx(node.args[3:5])
         assert (node.args[5].target, node.args[5].args[1:]) == (aten.select.int, (0, row))
     assert torch.equal(outputs(after, inputs)[0], outputs(before, inputs)[0])
+
+
+class Gated(nn.Module):
+    """GEGLU whose gate leaves fp16 while its result does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+        with torch.no_grad():
+            self.up.weight[8:] = -4000.0
+            self.up.weight[:8] *= 0.1
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (ops.geglu(self.up(x)),)
+
+
+def test_a_product_inside_an_operator_that_leaves_fp16_stays_in_fp32() -> None:
+    program = trace_program("net", Component.UNET, None, Gated(), {"x": torch.rand(2, 3, 8) + 4}, ("z",))
+    after = replace(program, module=merge(program.module))
+    assert operators(after)[ops.geglu_linear.default] == 1
+    half, islands = cast(after.module, DType.FP16, observe(after, torch.float16))
+    assert len(islands) == 1 and "geglu_linear: reach" in islands[0]
+    with torch.no_grad():
+        assert all(value.isfinite().all() for value in half(**after.inputs))
+
+
+class Ends(nn.Module):
+    """A norm of a convolution that something else reads, too, and a convolution of few channels at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(4, 32, 3, padding=1), nn.GroupNorm(4, 32)
+        self.last = nn.Conv2d(32, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        x = self.first(x)
+        return (self.last(x + self.norm(x)),)
+
+
+def test_a_norm_adds_the_bias_of_the_convolution_before_it_and_short_biases_are_padded() -> None:
+    program = trace_program("net", Component.UNET, None, Ends(), {"x": torch.randn(2, 4, 8, 8)}, ("z",))
+    before = fused(program)
+    inputs = fresh(before)
+    expected = outputs(before, inputs)
+    after = before.rewritten("merge", merge)
+    assert far(outputs(after, inputs), expected) < 1e-5
+    [norm] = [node for node in after.module.graph.nodes if node.target is ops.group_norm.default]
+    bias = after.module.get_buffer(norm.args[6].target)
+    assert torch.equal(bias, dict(after.module.named_parameters())["first.bias"][None])
+    first, last = (node for node in after.module.graph.nodes if node.target is aten.conv2d.default)
+    assert first.args[2] is None
+    assert last.args[2].target is aten.slice.Tensor and len(attribute(last.args[2].args[0])) == 16
