@@ -84,6 +84,14 @@ for pixels in ((16, 16), (17, 16)):
         expected = REFERENCES[ops.group_norm.default](x.float(), scale, shift, 8, 1e-5, True, bias)
         got = norm(x, scale, shift, 8, 1e-5, True, *([] if bias is None else [bias]))
         found[f"group_norm {pixels} {rows}"] = {"ours": error(got, expected)}
+for sizes in ((2, 40, 77, 2, 40), (1, 64, 64, 4, 16)):
+    batch, queries, keys, heads, width = sizes
+    query = torch.randn(batch, heads * width, queries).transpose(1, 2)  # not contiguous
+    key, value = (torch.randn(batch, keys, heads * width) for _ in range(2))
+    expected = ops.attention(query, key, value, heads)
+    got = gpu_operators.attention(query, key, value, heads)
+    assert got.shape == expected.shape
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
 print(json.dumps(found))
 """
 
